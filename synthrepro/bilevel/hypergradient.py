@@ -1,0 +1,325 @@
+r"""Hypergradients through one inner step.
+
+A network with parameters :math:`\phi` takes a step on an inner loss that depends on hyperparameters :math:`\theta`,
+and an outer loss looks at the result:
+
+.. math::
+
+    \phi^*(\theta) = U(\phi, g), \qquad g = \nabla_\phi L_\text{inner}(\phi, \theta), \qquad
+    h = \frac{d}{d\theta} L_\text{outer}(\phi^*(\theta), \theta)
+      = \frac{\partial L_\text{outer}}{\partial\theta}
+      + \Bigl(\frac{\partial g}{\partial\theta}\Bigr)^{\!\top}
+        \Bigl(\frac{\partial U}{\partial g}\Bigr)^{\!\top} \frac{\partial L_\text{outer}}{\partial \phi^*} .
+
+The mixed derivative :math:`\partial g/\partial\theta` is taken at :math:`\phi`, the parameters *before* the step, and
+the learning rate sits in :math:`\partial U/\partial g`: the derivative of the procedure as it runs, which central
+differences of the whole procedure confirm (Learn2Synth, Hu et al. 2025, "Hypergradient mechanism"; DARTS, Liu et al.
+2019, eq. 7). Released code has differed: the first release of DARTS took it at :math:`\phi^*` (its issue 21, since
+mended), and Betty's estimator ``darts`` takes it at :math:`\phi^*` without the learning rate.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .updates import State, Tensors, Update, sgd
+
+Loss = Callable[[Tensors, Tensors], Tensor]
+Gradients = list[Tensor | None]  # one entry a tensor asked for; None where nothing depends on it
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one inner step and its hypergradient give; every tensor is detached.
+
+    Attributes:
+        hypergradient: Derivative of the outer loss, the direct part included; named and shaped like ``hparams``.
+        params: Parameters after the inner step.
+        state: State of the update after the inner step; give it to the next call.
+        inner_loss: Inner loss before the step, a scalar.
+        outer_loss: Outer loss after the step, a scalar.
+    """
+
+    hypergradient: Tensors
+    params: Tensors
+    state: State
+    inner_loss: Tensor
+    outer_loss: Tensor
+
+
+def hypergradient(
+    inner_loss: Loss,
+    outer_loss: Loss,
+    params: Tensors,
+    hparams: Tensors,
+    update: Update = sgd(lr=0.1, momentum=0.9),  # noqa: B008 (immutable)
+    state: State | None = None,
+    estimator: str | Callable[..., Step] = "exact",
+) -> Step:
+    """Take one inner step and differentiate the outer loss after it with respect to the hyperparameters.
+
+    Args:
+        inner_loss: ``(params, hparams) -> scalar``, the loss that the inner step descends.
+        outer_loss: ``(params, hparams) -> scalar``, evaluated at the stepped parameters.
+        params: Named tensors, any shapes, floating point; neither written to nor given a ``.grad``.
+        hparams: Named tensors, any shapes, floating point; neither written to nor given a ``.grad``.
+        update: The inner step.
+        state: State of the update as an earlier :class:`Step` returned it, a constant of the derivative; a fresh one
+            unless given.
+        estimator: ``"exact"``, ``"finite_difference"``, or a function called like these two, for instance
+            ``functools.partial(finite_difference, scheme="central")``.
+
+    Raises:
+        ValueError: A loss that is not a finite scalar or that depends on no parameter, a state or an update that does
+            not fit the parameters, a hyperparameter that neither loss uses, a tensor that is not floating point, or
+            an unknown estimator.
+    """
+    if isinstance(estimator, str):
+        if estimator not in ESTIMATORS:
+            raise ValueError(f"Unknown estimator {estimator!r}: choose one of {', '.join(ESTIMATORS)}.")
+        estimator = ESTIMATORS[estimator]
+    fresh = update.init(params)
+    state = fresh if state is None else state
+    _check_state(state, fresh)
+    return estimator(inner_loss, outer_loss, params, hparams, update, state)
+
+
+@torch.enable_grad()
+def exact(inner_loss: Loss, outer_loss: Loss, params: Tensors, hparams: Tensors, update: Update, state: State) -> Step:
+    """Exact hypergradient in two phases: an ordinary step and outer gradient, then one vector-Jacobian product.
+
+    Only the inner gradient keeps a graph; step and outer pass are ordinary ones. Where a plain training step costs 3
+    convolutions a layer this costs 11, a FLOP ratio of 3.67: 3 for the inner gradient, 3 for the outer one and 5 for
+    the product (4 would do; torch also computes a weight adjoint that nobody reads). Peak memory is about 2.8 times
+    that of a plain step.
+    """
+    params, hparams = _leaves(params), _leaves(hparams)
+    inner = _scalar(inner_loss(params, hparams), "inner")
+    g = _for_params(_gradients([inner], params.values(), create_graph=True), params, "inner")
+    after = _outer_phase(outer_loss, params, hparams, g, update, state)
+    indirect = _gradients(g.values(), hparams.values(), weights=after.u.values())
+    return Step(_total(hparams, after.direct, indirect), after.params, after.state, inner.detach(), after.outer)
+
+
+@torch.enable_grad()
+def finite_difference(
+    inner_loss: Loss,
+    outer_loss: Loss,
+    params: Tensors,
+    hparams: Tensors,
+    update: Update,
+    state: State,
+    *,
+    scheme: str = "forward",
+    radius: float = 1e-4,
+    generators: Sequence[torch.Generator] = (),
+) -> Step:
+    r"""Hypergradient with the mixed derivative taken as a difference of two ordinary gradients (DARTS, eq. 8).
+
+    With :math:`u = (\partial U/\partial g)^\top\, \partial L_\text{outer}/\partial\phi^*` and
+    :math:`\varepsilon = r / \lVert u \rVert`,
+
+    .. math:: h \approx \frac{\partial L_\text{outer}}{\partial\theta} +
+        \frac{\nabla_\theta L_\text{inner}(\phi + \varepsilon u, \theta)
+            - \nabla_\theta L_\text{inner}(\phi, \theta)}{\varepsilon}.
+
+    No second-order graph: the memory of a plain step, and 8 convolutions to its 3 (10 with ``scheme="central"``).
+    The inner loss is evaluated two or three times and must see the same randomness each time, or noise swamps the
+    difference: the global random state of torch (CPU, and CUDA where a tensor lies there) and ``generators`` are
+    rewound for each repeat and left as one evaluation leaves them.
+
+    Args:
+        inner_loss, outer_loss, params, hparams, update, state: As in :func:`hypergradient`.
+        scheme: ``"forward"`` (the second gradient is the inner step's own) or ``"central"`` (error of second order
+            in the radius, where the first is of first order).
+        radius: Length r of the displacement of all parameters together, whatever the length of u. 1e-4 suits
+            float32; smaller drowns in rounding, and DARTS' 1e-2 was 3 to 8 % off on a small network. Half precision
+            cannot hold such displacements: keep the parameters in float32.
+        generators: The generators that the inner loss draws from, if any.
+
+    Raises:
+        ValueError: An unknown scheme or a radius that is not positive; else as in :func:`hypergradient`.
+    """
+    if scheme not in ("forward", "central"):
+        raise ValueError(f"Unknown scheme {scheme!r} of finite differences: choose forward or central.")
+    if not radius > 0:
+        raise ValueError(f"The radius of finite differences must be positive, not {radius}.")
+    params, hparams = _leaves(params), _leaves(hparams)
+    random = _random_sources([*params.values(), *hparams.values()], generators)
+    before = [source.get_state() for source in random]
+    inner = _scalar(inner_loss(params, hparams), "inner")
+    both = _gradients([inner], [*params.values(), *hparams.values()])
+    here = both[len(params) :]  # of the inner loss towards theta, at phi
+    g = _for_params(both[: len(params)], params, "inner")
+    after = _outer_phase(outer_loss, params, hparams, g, update, state)
+
+    length = float(torch.nn.utils.get_total_norm(list(after.u.values())))
+    if length == 0 or all(d is None for d in here):  # nothing passes through the step
+        indirect: Gradients = [None if d is None else torch.zeros_like(d) for d in here]
+    else:
+        epsilon = radius / length
+
+        def displaced(by: float) -> Gradients:
+            moved = {name: (p + by * after.u[name]).detach() for name, p in params.items()}
+            with _replayed(random, before):
+                return _gradients([_scalar(inner_loss(moved, hparams), "inner")], hparams.values())
+
+        there, back, width = displaced(epsilon), here, epsilon
+        if scheme == "central":
+            back, width = displaced(-epsilon), 2 * epsilon
+        indirect = [None if a is None or b is None else (a - b) / width for a, b in zip(there, back, strict=True)]
+    return Step(_total(hparams, after.direct, indirect), after.params, after.state, inner.detach(), after.outer)
+
+
+ESTIMATORS: dict[str, Callable[..., Step]] = {"exact": exact, "finite_difference": finite_difference}
+
+
+def stateless(module: nn.Module, params: Tensors, *args: Any, **kwargs: Any) -> Any:
+    """Call a module with the given parameters, leaving its own parameters and its buffers untouched.
+
+    ``torch.func.functional_call`` alone writes BatchNorm's running statistics into the module; here they go into
+    copies, so an evaluation inside a hypergradient leaves no trace.
+    """
+    buffers = {name: b.clone() for name, b in module.named_buffers()}
+    return functional_call(module, {**params, **buffers}, args, kwargs)
+
+
+@dataclass(frozen=True)
+class _After:
+    """What the inner step led to."""
+
+    params: Tensors
+    state: State
+    outer: Tensor
+    u: Tensors  # (dU/dg)^T d outer / d phi*, what the inner gradient is to be multiplied with
+    direct: Gradients  # d outer / d theta with phi* held fixed
+
+
+def _outer_phase(
+    outer_loss: Loss, params: Tensors, hparams: Tensors, g: Tensors, update: Update, state: State
+) -> _After:
+    """Take the step, and carry the outer gradient back through the step alone: no network lies in that graph."""
+    g = _leaves(g)
+    stepped, new_state = update.step({name: p.detach() for name, p in params.items()}, g, state)
+    _check_like(stepped, params, "The update returned", "an update keeps names and shapes")
+    new_params = _leaves(stepped)
+    outer = _scalar(outer_loss(new_params, hparams), "outer")
+    both = _gradients([outer], [*new_params.values(), *hparams.values()])
+    v = _for_params(both[: len(params)], new_params, "outer")
+    u = _gradients([stepped[name] for name in g], g.values(), weights=[v[name] for name in g])
+    return _After(
+        params={name: p.detach() for name, p in stepped.items()},
+        state=_detached(new_state),
+        outer=outer.detach(),
+        u={name: torch.zeros_like(d) if w is None else w for (name, d), w in zip(g.items(), u, strict=True)},
+        direct=both[len(params) :],
+    )
+
+
+def _gradients(
+    outputs: Iterable[Tensor],
+    inputs: Iterable[Tensor],
+    weights: Iterable[Tensor] | None = None,
+    create_graph: bool = False,
+) -> Gradients:
+    """Gradient of the (weighted) sum of outputs towards each input; None where there is no dependence at all."""
+    inputs, outputs = list(inputs), list(outputs)
+    weights = [torch.ones_like(o) for o in outputs] if weights is None else weights
+    linked = [(o, w) for o, w in zip(outputs, weights, strict=True) if o.requires_grad]
+    if not linked:
+        return [None] * len(inputs)
+    outputs, weights = zip(*linked, strict=True)
+    return list(torch.autograd.grad(outputs, inputs, weights, create_graph=create_graph, allow_unused=True))
+
+
+def _for_params(gradients: Gradients, params: Tensors, which: str) -> Tensors:
+    """Name the gradients; zero where a loss does not use a parameter."""
+    if all(d is None for d in gradients):
+        raise ValueError(f"The {which} loss depends on no parameter: compute it from the params it is called with.")
+    return {n: torch.zeros_like(p) if d is None else d for (n, p), d in zip(params.items(), gradients, strict=True)}
+
+
+def _total(hparams: Tensors, direct: Gradients, indirect: Gradients) -> Tensors:
+    total: Tensors = {}
+    for name, *parts in zip(hparams, direct, indirect, strict=True):
+        used = [d for d in parts if d is not None]
+        if not used:
+            raise ValueError(
+                f"Neither the outer loss nor the inner gradient depends on hyperparameter {name!r}: "
+                "use it in a loss, or leave it out of hparams."
+            )
+        total[name] = torch.stack(used).sum(0)
+    return total
+
+
+def _leaves(tensors: Tensors) -> Tensors:
+    """The same values as leaves of a new graph: what is given is neither written to nor given a gradient."""
+    for name, t in tensors.items():
+        if not t.is_floating_point():
+            raise ValueError(
+                f"{name!r} is {t.dtype}, which cannot be differentiated: give floating-point tensors "
+                "(dict(network.named_parameters()), not its state_dict)."
+            )
+    return {name: t.detach().requires_grad_() for name, t in tensors.items()}
+
+
+def _detached(state: Any) -> Any:
+    if isinstance(state, dict):
+        return {key: _detached(value) for key, value in state.items()}
+    return state.detach() if isinstance(state, Tensor) else state
+
+
+def _scalar(loss: Tensor, which: str) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise ValueError(f"The {which} loss must be a scalar tensor, not {got}: reduce it, for instance by its mean.")
+    if not torch.isfinite(loss):
+        raise ValueError(
+            f"The {which} loss is {loss.item()}: look for a division by zero, or a learning rate that is too high."
+        )
+    return loss
+
+
+def _check_state(state: State, fresh: State) -> None:
+    if state.keys() != fresh.keys():
+        raise ValueError(
+            f"The state holds {', '.join(state)} where this update keeps {', '.join(fresh)}: "
+            "give the state that the same update returned, or None to start afresh."
+        )
+    for key, moment in fresh.items():
+        if isinstance(moment, dict):
+            _check_like(state[key], moment, f"The state's {key!r} has", "start afresh when the network changes")
+
+
+def _check_like(found: Tensors, wanted: Tensors, what: str, remedy: str) -> None:
+    def shape(tensors: Tensors, name: str) -> str:
+        return str(tuple(tensors[name].shape)) if name in tensors else "nothing"
+
+    for name in [*wanted, *found]:
+        if shape(found, name) != shape(wanted, name):
+            raise ValueError(
+                f"{what} {shape(found, name)} for parameter {name!r}, which has {shape(wanted, name)}: {remedy}."
+            )
+
+
+def _random_sources(tensors: Sequence[Tensor], generators: Sequence[torch.Generator]) -> list[torch.Generator]:
+    devices = sorted({t.device.index for t in tensors if t.is_cuda})
+    return [torch.default_generator, *(torch.cuda.default_generators[d] for d in devices), *generators]
+
+
+@contextmanager
+def _replayed(sources: Sequence[torch.Generator], states: Sequence[Tensor]) -> Iterator[None]:
+    """Wind the sources of randomness back to ``states``; leave them as they were."""
+    now = [source.get_state() for source in sources]
+    for source, state in zip(sources, states, strict=True):
+        source.set_state(state)
+    try:
+        yield
+    finally:
+        for source, state in zip(sources, now, strict=True):
+            source.set_state(state)

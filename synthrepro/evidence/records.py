@@ -1,0 +1,202 @@
+"""Records: what was measured, how, and from what. One JSON object a cell, kept in two places.
+
+`runs/<chapter>/<experiment>/<key>.json` is written by `measure` and ignored by git; `publish` folds those files into
+`book/records/<chapter>/<experiment>.jsonl`, which is committed.
+"""
+
+import json
+import math
+import warnings
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from synthrepro import paths
+from synthrepro.errors import UserError
+from synthrepro.evidence import files
+from synthrepro.evidence.experiments import Cell, chapters
+from synthrepro.evidence.fingerprint import fingerprint
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a record comes from.
+
+    Attributes:
+        commit: of the checkout, None outside git.
+        dirty: whether the package differed from that commit, None outside git.
+        code: fingerprint of the code, see `fingerprint`.
+        data: task name -> hash of the samples, of every task that the cell passed through `Context.data`.
+        python, torch, cuda: versions; cuda is None for a torch without it.
+        device: name of the GPU or of the processor.
+        seconds: wall-clock time, that of interrupted attempts up to their last checkpoint included.
+        peak_memory: MB, of the GPU where one was used, else of the process.
+        started: UTC, ISO 8601.
+    """
+
+    commit: str | None
+    dirty: bool | None
+    code: str
+    data: dict[str, str]
+    python: str
+    torch: str | None
+    cuda: str | None
+    device: str
+    seconds: float
+    peak_memory: float
+    started: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """One measured cell.
+
+    Attributes:
+        config: the resolved configuration, without the fields that only list cells.
+        metrics: name -> number or list of numbers; NaN where a number was not finite.
+        cases: one dictionary a test case; NaN likewise.
+        artefacts: `<name>-<hash>` of each artefact the cell used.
+        stale: whether the code has changed since; computed when the record is read, not stored.
+    """
+
+    chapter: str
+    experiment: str
+    profile: str
+    cell: Cell
+    config: dict[str, Any]
+    config_hash: str
+    metrics: dict[str, Any]
+    cases: list[dict[str, Any]]
+    artefacts: list[str]
+    provenance: Provenance
+    stale: bool = False
+
+    @property
+    def key(self) -> str:
+        """Identity of what was measured: records with one key are attempts at one number."""
+        return record_key(self.chapter, self.experiment, self.profile, self.cell, self.config)
+
+
+def record_key(chapter: str, experiment: str, profile: str, cell: Cell, config: dict[str, Any]) -> str:
+    """File name without its ending: readable up front, unique by the hash at its end."""
+    identity = files.digest([chapter, experiment, profile, asdict(cell), config])
+    return f"{cell.key[:120]}.{profile}.{identity[:12]}"
+
+
+def to_json(record: Record) -> str:
+    """One line of standard JSON, the same for equal records."""
+    content = _without_nan(asdict(record))
+    del content["stale"]
+    return json.dumps(content, sort_keys=True, allow_nan=False)
+
+
+def from_json(text: str) -> Record:
+    """Inverse of `to_json`.
+
+    Raises:
+        ValueError: not a whole record.
+    """
+    record = _adapter().validate_json(text)
+    return replace(record, metrics=_with_nan(record.metrics), cases=_with_nan(record.cases))
+
+
+@cache
+def _adapter() -> TypeAdapter[Record]:
+    return TypeAdapter(Record)
+
+
+def _without_nan(value: Any) -> Any:
+    """Plain JSON values: arrays, tensors and their scalars as lists and numbers, non-finite numbers as null."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _with_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_nan(item) for item in value]
+    return math.nan if value is None else value
+
+
+def code_of(chapter: str) -> str:
+    """The chapter's code fingerprint as the sources now stand."""
+    return fingerprint(f"synthrepro.methods.{chapter}", paths.PACKAGE)
+
+
+def read(path: Path, code: str) -> Record | None:
+    """The record of a file of `runs/`, stale if not of this code; None if there is none, or no whole one."""
+    try:
+        record = from_json(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        warnings.warn(f"{path} is no whole record and is left out; delete it.", stacklevel=2)
+        return None
+    return replace(record, stale=record.provenance.code != code)
+
+
+def records(chapter: str, experiment: str, profile: str | None = None) -> list[Record]:
+    """Measured and committed records of an experiment, sorted, one a key: the newest of those that are not stale.
+
+    Where all of a key are stale, the committed one stands. A file in `runs/` that is no whole record is left out
+    with a warning.
+
+    Raises:
+        UserError: unknown chapter, or a line of the committed file that is no record.
+    """
+    if chapter not in (known := chapters()):
+        raise UserError(f"There is no chapter {chapter!r}; the chapters are {', '.join(known) or 'none yet'}.")
+    code = code_of(chapter)
+    measured = (read(path, code) for path in sorted((paths.RUNS / chapter / experiment).glob("*.json")))
+    best: dict[str, Record] = {}
+    for record in [*_committed(_published(chapter, experiment), code), *filter(None, measured)]:
+        other = best.get(record.key)
+        newer = other is None or other.stale or other.provenance.started <= record.provenance.started
+        if other is None or (newer and not record.stale):
+            best[record.key] = record
+    return sorted((record for record in best.values() if profile in (None, record.profile)), key=_order)
+
+
+def publish() -> dict[Path, int]:
+    """Fold `runs/` into `book/records/`: file -> number of its lines, for the files that have changed.
+
+    One line a record, chosen and sorted as `records` does. `smoke` records are not published: they are no evidence.
+    """
+    changed = {}
+    with files.lock(paths.RUNS / "publish.lock", wait=True):
+        for chapter in chapters():
+            for folder in sorted(path for path in (paths.RUNS / chapter).glob("*/") if any(path.glob("*.json"))):
+                kept = [record for record in records(chapter, folder.name) if record.profile != "smoke"]
+                path, text = _published(chapter, folder.name), "".join(to_json(record) + "\n" for record in kept)
+                if text != (path.read_text() if path.exists() else ""):
+                    files.write(path, lambda temporary, text=text: temporary.write_text(text))  # type: ignore[misc]
+                    changed[path] = len(kept)
+    return changed
+
+
+def _published(chapter: str, experiment: str) -> Path:
+    return paths.RECORDS / chapter / f"{experiment}.jsonl"
+
+
+def _order(record: Record) -> Any:
+    cell = record.cell
+    return record.profile, cell.method, cell.task, [(k, str(v)) for k, v in cell.setting.items()], cell.seed, record.key
+
+
+def _committed(path: Path, code: str) -> list[Record]:
+    found = []
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
+        try:
+            found.append(from_json(line))
+        except ValueError:
+            raise UserError(f"{path}, line {number}: not a record; restore the committed file.") from None
+    return [replace(record, stale=record.provenance.code != code) for record in found]

@@ -1,0 +1,1 @@
+"""One module a paper: configuration, training, evaluation and the experiments of its chapter."""

@@ -1,0 +1,614 @@
+r"""Learn2Synth: learning how to augment synthetic images with hypergradients of the loss on real ones.
+
+Hu, Zeng, Puonti, Iglesias, Fischl and Balbastre, ICCV 2025 (arXiv 2411.16719). A segmentation network
+:math:`S_\phi` only ever trains on synthetic images that an augmenter :math:`A_\theta` has touched up; after each step
+the loss on real images says how the augmenter should have done it:
+
+.. math::
+
+    \phi^* = U\bigl(\phi, \nabla_\phi L(S_\phi(A_\theta(x)), y)\bigr), \qquad
+    \theta \leftarrow \theta - \eta\,\frac{d}{d\theta} L\bigl(S_{\phi^*}(x_\text{real}), y_\text{real}\bigr) .
+
+What differs from the released code, and why, is in the chapter; in short: one set of random fields per image instead
+of per batch, a decaying learning rate for the augmenter, aligned images and labels, and no residual ``+ x`` that would
+double the image.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from scipy.optimize import nnls
+from torch import Tensor, nn
+
+from synthrepro.bilevel import Step, Update, adam, hypergradient, sgd, stateless
+from synthrepro.data import Task, load_task
+from synthrepro.evidence import Cell, Config, Context, Experiment, Result
+from synthrepro.metrics import cases, dice
+from synthrepro.models import unet
+from synthrepro.synthesis import GaussianNoise, IntensityNonUniformity, LabelsToImage, Nonparametric, Parametric
+from synthrepro.training import LOSSES, seeded, segment, stream
+
+Pairs = Callable[[int], tuple[Tensor, Tensor]]  # step -> images (B, 1, H, W) and label maps (B, H, W)
+
+
+class Settings(Config):
+    """How a network, and an augmenter with it, is trained."""
+
+    steps: int
+    batch: int
+    features: tuple[int, ...]  # channels of each level of the segmentation UNet
+    norm: Literal["instance"] | None  # the paper's network has none
+    loss: Literal["dice", "logit_mse"]  # the paper's soft Dice, or the released commands' logit MSE
+    update: Literal["adam", "sgd"]  # the inner step
+    lr: float  # of the segmentation network
+    hyper_lr: float  # of the augmenter, decaying to zero as a cosine
+    alpha: float  # weight of the loss on real images (1 in the README, 12 in an older script)
+    estimator: Literal["exact", "finite_difference"]
+
+
+class Anatomy(Config):
+    """Options of the task `brain-mni`."""
+
+    size: tuple[int, int]  # pixels
+    spacing: float  # mm
+    subjects: tuple[int, int, int]  # individuals for training, validation and test
+    slices: int  # a subject
+
+
+def inner_update(settings: Settings) -> Update:
+    """The step of the segmentation network that hypergradients go through."""
+    return adam(settings.lr) if settings.update == "adam" else sgd(settings.lr, momentum=0.9)
+
+
+def learn2synth_step(
+    network: nn.Module,
+    augmenter: nn.Module,
+    phi: dict[str, Tensor],
+    theta: dict[str, Tensor],
+    synthetic: tuple[Tensor, Tensor, Any],
+    real: tuple[Tensor, Tensor],
+    settings: Settings,
+    state: dict[str, Any] | None,
+) -> Step:
+    """One Learn2Synth step: a training step on synthetic images and the hypergradient of the loss on real ones.
+
+    Args:
+        network: The segmentation network; its own parameters are not used.
+        augmenter: The augmenter; its own parameters are not used.
+        phi, theta: Parameters of the network and of the augmenter.
+        synthetic: Images (B, 1, H, W), label maps (B, H, W) and the augmenter's draw for them.
+        real: Images (B, 1, H, W) and label maps (B, H, W); they reach the augmenter only.
+        settings: Loss, update, estimator and the weight of the real loss.
+        state: State of the inner update.
+    """
+    x, y, draw = synthetic
+    x_real, y_real = real
+    loss = LOSSES[settings.loss]
+
+    def inner_loss(phi: dict[str, Tensor], theta: dict[str, Tensor]) -> Tensor:
+        augmented = stateless(augmenter, theta, x, draw)
+        return loss(stateless(network.train(), phi, augmented), y)
+
+    def outer_loss(phi: dict[str, Tensor], theta: dict[str, Tensor]) -> Tensor:
+        return settings.alpha * loss(stateless(network.eval(), phi, x_real), y_real)
+
+    return hypergradient(inner_loss, outer_loss, phi, theta, inner_update(settings), state, settings.estimator)
+
+
+def learn2synth(
+    network: nn.Module,
+    augmenter: nn.Module,
+    synthetic: Pairs,
+    real: Pairs,
+    settings: Settings,
+    seed: int,
+    context: Context,
+) -> list[dict[str, float]]:
+    """Train a network and an augmenter in place.
+
+    Args:
+        network: Maps images (B, 1, H, W) to logits (B, K, H, W).
+        augmenter: Has ``draw(images, generator)`` and ``forward(images, draw)``.
+        synthetic, real: Batch of each step.
+        settings: Rates, loss, steps.
+        seed: Of the augmenter's draws.
+        context: For progress and checkpoints; a killed run goes on from the last one.
+
+    Returns:
+        A dictionary a step: both losses and every scalar of the augmenter.
+    """
+    phi = {name: p.detach().clone() for name, p in network.named_parameters()}
+    theta = dict(augmenter.named_parameters())
+    optimiser = torch.optim.Adam(theta.values(), settings.hyper_lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, settings.steps)
+    state, trail = None, []
+    if saved := context.load("learn2synth"):
+        phi, state = _to(saved["phi"], context.device), _to(saved["state"], context.device)
+        trail = saved["trail"]
+        augmenter.load_state_dict(saved["augmenter"])
+        optimiser.load_state_dict(saved["optimiser"])
+        schedule.load_state_dict(saved["schedule"])
+    for i in context.progress(range(len(trail), settings.steps), "learn2synth"):
+        x, y = synthetic(i)
+        draw = augmenter.draw(x, stream(seed, f"augmentation {i}"))
+        step = learn2synth_step(network, augmenter, phi, theta, (x, y, draw), real(i), settings, state)
+        phi, state = step.params, step.state
+        for name, p in theta.items():
+            p.grad = step.hypergradient[name]
+        optimiser.step()
+        schedule.step()
+        trail.append({"synthetic": step.inner_loss, "real": step.outer_loss} | scalars(augmenter))
+        if context.checkpoint_due():
+            parts = {"augmenter": augmenter, "optimiser": optimiser, "schedule": schedule}
+            states = {name: part.state_dict() for name, part in parts.items()}
+            context.save("learn2synth", {"phi": phi, "state": state, "trail": trail} | states)
+    network.load_state_dict(phi, strict=False)
+    return [{name: float(value) for name, value in point.items()} for point in trail]
+
+
+def fit(
+    network: nn.Module, pairs: Pairs, settings: Settings, seed: int, context: Context, augmenter: nn.Module | None = None
+) -> None:
+    """Train a network in place by ordinary steps, on images as they come or through a fixed augmenter."""
+    loss = LOSSES[settings.loss]
+    optimiser: torch.optim.Optimizer = torch.optim.Adam(network.parameters(), settings.lr)
+    if settings.update == "sgd":
+        optimiser = torch.optim.SGD(network.parameters(), settings.lr, momentum=0.9)
+    start = 0
+    if saved := context.load("fit"):
+        start = saved["step"]
+        network.load_state_dict(saved["network"])
+        optimiser.load_state_dict(saved["optimiser"])
+    network.train()
+    for i in context.progress(range(start, settings.steps), "fit"):
+        x, y = pairs(i)
+        if augmenter is not None:
+            with torch.no_grad():
+                x = augmenter(x, augmenter.draw(x, stream(seed, f"augmentation {i}")))
+        optimiser.zero_grad()
+        loss(network(x), y).backward()
+        optimiser.step()
+        if context.checkpoint_due():
+            states = {"network": network.state_dict(), "optimiser": optimiser.state_dict()}
+            context.save("fit", {"step": i + 1} | states)
+
+
+def scalars(augmenter: nn.Module) -> dict[str, Tensor]:
+    """What a parametric augmenter has learned, by the name the chapter gives it; nothing for a nonparametric one."""
+    found: dict[str, Tensor] = {}
+    for module in augmenter.modules():
+        if isinstance(module, GaussianNoise):
+            names = ("minimum", "maximum") if module.mode == "range" else ("sigma",)
+            found |= dict(zip(names, module.sigma.detach().clone(), strict=True))
+        if isinstance(module, IntensityNonUniformity):
+            found |= dict(zip(("low", "mid", "high"), module.exponents.detach(), strict=True))
+    return found
+
+
+def _to(tree: Any, device: torch.device) -> Any:
+    if isinstance(tree, dict):
+        return {key: _to(value, device) for key, value in tree.items()}
+    return tree.to(device) if isinstance(tree, Tensor) else tree
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Targets: "real" images whose noise and field strength are known, as the released scripts make them
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def noise_level(preset: str) -> tuple[float, float]:
+    """Range of the noise of a preset: ``"0.05"`` is (0.05, 0.05), ``"0.025-0.2"`` is (0.025, 0.2)."""
+    low, _, high = preset.partition("-")
+    return float(low), float(high or low)
+
+
+def exponent_values(preset: str) -> tuple[float, ...]:
+    """Exponents of a preset of the intensity non-uniformity: ``".5/.5/.5"`` is (0.5, 0.5, 0.5), low to high."""
+    return tuple(float(value) for value in preset.split("/"))
+
+
+def degrader(noise: str, exponents: str | None = None) -> nn.Module:
+    """The augmenter, with its parameters set, that turns clean synthetic images into targets.
+
+    The field multiplies an image already normalised to [0, 1]; noise is added last; nothing is clipped or normalised
+    afterwards. So sigma is in units of the clean image's range, whatever the field does.
+    """
+    low, high = noise_level(noise)
+    added = GaussianNoise("fixed", low) if low == high else GaussianNoise("range", (low, high))
+    if exponents is None:
+        return added
+    return Parametric(IntensityNonUniformity(exponents=exponent_values(exponents)), added)
+
+
+class Halves:
+    """The training individuals of a task in two halves: one gives "real" images, the other label maps for synthesis.
+
+    A seed redraws who is in which half, and everything drawn from them.
+    """
+
+    def __init__(self, task: Task, settings: Settings, seed: int, device: torch.device) -> None:
+        train = task.splits["train"]
+        people = train.individuals
+        order = torch.randperm(len(people), generator=stream(seed, "individuals")).tolist()
+        middle = len(people) // 2
+        self.real = train.take([people[i] for i in order[:middle]])
+        self.synthesis = LabelsToImage.learn2synth(len(task.classes))
+        self.labels = train.take([people[i] for i in order[middle:]]).labels.to(device)
+        self.real_images, self.real_labels = self.real.images.to(device), self.real.labels.to(device)
+        self.batch, self.seed = settings.batch, seed
+
+    def _pick(self, maps: Tensor, generator: torch.Generator) -> Tensor:
+        return torch.randperm(len(maps), generator=generator)[: self.batch].to(maps.device)
+
+    def synthetic(self, step: int) -> tuple[Tensor, Tensor]:
+        """Clean synthetic images, in [0, 1], with their deformed label maps."""
+        generator = stream(self.seed, f"synthesis {step}")
+        return self.synthesis(self.labels[self._pick(self.labels, generator)], generator)
+
+    def target(self, degrade: nn.Module) -> Pairs:
+        """"Real" pairs that are synthetic images of the other half's label maps, degraded in a known way."""
+
+        def pairs(step: int) -> tuple[Tensor, Tensor]:
+            generator = stream(self.seed, f"target {step}")
+            x, y = self.synthesis(self.real_labels[self._pick(self.real_labels, generator)], generator)
+            with torch.no_grad():
+                return degrade(x, degrade.draw(x, generator)), y  # type: ignore[operator]
+
+        return pairs
+
+    def measured(self, step: int) -> tuple[Tensor, Tensor]:
+        """Real images as measured, with their label maps."""
+        rows = self._pick(self.real_labels, stream(self.seed, f"real {step}"))
+        return self.real_images[rows], self.real_labels[rows]
+
+
+def target_set(task: Task, split: str, degrade: nn.Module, device: torch.device) -> tuple[Tensor, Tensor]:
+    """One degraded synthetic image of each label map of a split: the same for every arm and seed."""
+    generator = stream(0, f"test {split}")
+    with torch.no_grad():
+        x, y = LabelsToImage.learn2synth(len(task.classes))(task.splits[split].labels.to(device), generator)
+        return degrade(x, degrade.draw(x, generator)), y  # type: ignore[operator]
+
+
+def network_for(task: Task, settings: Settings, seed: int, device: torch.device) -> nn.Module:
+    """The segmentation network, its first weights drawn from the seed."""
+    classes = len(task.classes)
+    build = lambda: unet(task.channels, classes, settings.features, norm=settings.norm)  # noqa: E731
+    return seeded(build, stream(seed, "weights")).to(device)
+
+
+def trivial_dice(task: Task, split: str) -> float:
+    """Mean Dice of always answering the most frequent class of each pixel of the training label maps."""
+    train = task.splits["train"].labels
+    votes = torch.stack([(train == k).sum(0) for k in range(len(task.classes))])
+    labels = task.splits[split].labels
+    return float(dice(votes.argmax(0).expand_as(labels), labels, len(task.classes)).nanmean())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Experiment: noise_recovery
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class NoiseRecovery(Settings):
+    """Configuration of `noise_recovery`."""
+
+    anatomy: Anatomy
+    bias_noise: str  # noise preset of the cells that learn exponents
+    noises: tuple[str, ...] = Field(exclude=True)
+    exponents: tuple[str, ...] = Field(exclude=True)
+    seeds: int = Field(exclude=True)
+
+
+STARTS = {"below": 0.1, "above": 0.9}  # first value of all three exponents; the released start is 0.5 to 0.73
+
+
+def noise_recovery_cells(config: NoiseRecovery) -> list[Cell]:
+    """Noise first, then the range, then exponents; all seeds of a setting before the next."""
+    seeds = range(config.seeds)
+    found = [Cell("fixed", "brain-mni", seed, {"noise": noise}) for noise in config.noises for seed in seeds]
+    ranges = [noise for noise in config.noises if "-" in noise]
+    found += [Cell("range", "brain-mni", seed, {"noise": noise}) for noise in ranges for seed in seeds]
+    for exponents in config.exponents:
+        for start in STARTS:
+            setting = {"exponents": exponents, "start": start}
+            found += [Cell("bias", "brain-mni", seed, setting) for seed in seeds]
+    return found
+
+
+def noise_recovery_run(cell: Cell, config: NoiseRecovery, context: Context) -> Result:
+    """Learn an augmenter against targets of known noise (and field), and see whether it finds them.
+
+    What is learned is the mean of the last fifth of the iterates, as the authors average five checkpoints.
+    """
+    task = context.data(load_task(cell.task, **config.anatomy.model_dump()))
+    device = context.device
+    start = stream(cell.seed, "augmenter")
+    noise = str(cell.setting.get("noise", config.bias_noise))
+    degrade = degrader(noise, cell.setting.get("exponents")).to(device)  # type: ignore[arg-type]
+    augmenter: nn.Module = GaussianNoise("range" if cell.method == "range" else "fixed", generator=start)
+    if cell.method == "bias":
+        first = STARTS[str(cell.setting["start"])]
+        augmenter = Parametric(IntensityNonUniformity(exponents=(first, first, first)), augmenter)
+    augmenter = augmenter.to(device)
+
+    network = network_for(task, config, cell.seed, device)
+    halves = Halves(task, config, cell.seed, device)
+    trail = learn2synth(network, augmenter, halves.synthetic, halves.target(degrade), config, cell.seed, context)
+
+    tail = trail[-max(1, len(trail) // 5) :]
+    learned = {name: float(np.mean([point[name] for point in tail])) for name in tail[0]}
+    low, high = noise_level(noise)
+    metrics: dict[str, Any] = {"preset": low if low == high else (low + high) / 2}
+    if cell.method == "range":
+        bounds = sorted(abs(learned[name]) for name in ("minimum", "maximum"))
+        metrics |= {"sigma_minimum": bounds[0], "sigma_maximum": bounds[1], "sigma": sum(bounds) / 2}
+    else:
+        metrics |= {"sigma": abs(learned["sigma"])}
+    metrics["sigma_error"] = metrics["sigma"] - metrics["preset"]
+    if cell.method == "bias":
+        presets = exponent_values(str(cell.setting["exponents"]))
+        names = ("low", "mid", "high")
+        metrics |= {f"exponent_{name}": learned[name] for name in names}
+        metrics |= {f"preset_{name}": value for name, value in zip(names, presets, strict=True)}
+        errors = [learned[name] - value for name, value in zip(names, presets, strict=True)]
+        metrics |= {f"error_{name}": error for name, error in zip(names, errors, strict=True)}
+        metrics["exponent_error"] = float(np.mean(np.abs(errors)))
+    every = max(1, len(trail) // 50)
+    metrics |= {f"trail_{name}": [round(point[name], 5) for point in trail[::every]] for name in trail[0]}
+
+    x, y = target_set(task, "test", degrade, device)
+    subjects = task.splits["test"].subjects
+    found = cases(segment(network, x).cpu(), y.cpu(), subjects, "test", task.classes, config.anatomy.spacing)
+    metrics["dice_real"] = float(np.nanmean([case["dice"] for case in found]))
+    metrics["dice_trivial"] = trivial_dice(task, "test")
+    return Result(metrics, found)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Experiment: risk_profile
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class RiskProfile(Settings):
+    """Configuration of `risk_profile`: networks trained at fixed augmentations, scored on targets of known ones."""
+
+    anatomy: Anatomy
+    bias_noise: str
+    target_noises: tuple[str, ...]  # targets of the "noise" axis
+    target_exponents: tuple[str, ...]  # targets of the "strength" and "split" axes
+    noises: tuple[str, ...] = Field(exclude=True)  # trained at
+    strengths: tuple[float, ...] = Field(exclude=True)  # trained at: all three exponents at once
+    splits: tuple[str, ...] = Field(exclude=True)  # trained at: exponents of one total strength, apportioned differently
+    seeds: int = Field(exclude=True)
+
+
+def risk_profile_cells(config: RiskProfile) -> list[Cell]:
+    """Noise, strength, split."""
+    values = {
+        "noise": config.noises,
+        "strength": tuple(f"{s:g}/{s:g}/{s:g}" for s in config.strengths),
+        "split": config.splits,
+    }
+    return [
+        Cell("synthseg", "brain-mni", seed, {"axis": axis, "value": value})
+        for axis, several in values.items()
+        for value in several
+        for seed in range(config.seeds)
+    ]
+
+
+def risk_profile_run(cell: Cell, config: RiskProfile, context: Context) -> Result:
+    """Train without hypergradients at one fixed augmentation; its loss and Dice on every target of the axis."""
+    task = context.data(load_task(cell.task, **config.anatomy.model_dump()))
+    device = context.device
+    axis, value = str(cell.setting["axis"]), str(cell.setting["value"])
+    if axis == "noise":
+        augmenter = degrader(value)
+        targets = {noise: degrader(noise) for noise in config.target_noises}
+    else:
+        augmenter = degrader(config.bias_noise, value)
+        targets = {exponents: degrader(config.bias_noise, exponents) for exponents in config.target_exponents}
+    network = network_for(task, config, cell.seed, device)
+    halves = Halves(task, config, cell.seed, device)
+    fit(network, halves.synthetic, config, cell.seed, context, augmenter.to(device))
+    network.eval()
+    metrics: dict[str, Any] = {}
+    for name, degrade in targets.items():
+        x, y = target_set(task, "test", degrade.to(device), device)
+        with torch.no_grad():
+            metrics[f"risk {name}"] = float(LOSSES[config.loss](network(x), y))
+        metrics[f"dice {name}"] = float(dice(segment(network, x), y, len(task.classes)).nanmean())
+    return Result(metrics)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Experiment: exponents_from_images
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ExponentsFromImages(Config):
+    """Configuration of `exponents_from_images`."""
+
+    anatomy: Anatomy
+    bias_noise: str
+    images: int  # targets that an estimate is made from
+    exponents: tuple[str, ...] = Field(exclude=True)
+    seeds: int = Field(exclude=True)
+
+
+def exponents_from_images_cells(config: ExponentsFromImages) -> list[Cell]:
+    """One estimate a preset and seed."""
+    return [
+        Cell("moments", "brain-mni", seed, {"exponents": exponents})
+        for exponents in config.exponents
+        for seed in range(config.seeds)
+    ]
+
+
+def field_energies(images: Tensor, labels: Tensor, classes: int, grids: tuple[int, ...] = (2, 4, 8)) -> Tensor:
+    """Variance of the log-intensity residual that each grid explains beyond the coarser ones.
+
+    The residual is log intensity less its mean in each class of the image; the grids span bilinear functions of
+    2 x 2, 4 x 4 and 8 x 8 knots.
+
+    Args:
+        images: (B, 1, H, W); pixels below 0.1 and the background are left out, their logarithm is all noise.
+        labels: (B, H, W), int64.
+
+    Returns:
+        (B, len(grids)) energies, a mean over the pixels used.
+    """
+    b, _, h, w = images.shape
+    energies = torch.zeros(b, len(grids), dtype=torch.float64)
+    bases = []
+    for k in grids:
+        knots = torch.eye(k * k, dtype=torch.float64).view(k * k, 1, k, k)
+        tents = nn.functional.interpolate(knots, (h, w), mode="bilinear", align_corners=True)
+        bases.append(tents.flatten(1))  # (k * k, H * W)
+    for i in range(b):
+        used = ((labels[i] > 0) & (images[i, 0] > 0.1)).flatten()
+        x, y = images[i, 0].flatten()[used].double().log(), labels[i].flatten()[used]
+        one_hot = nn.functional.one_hot(y, classes).double()[:, 1:]  # (N, K - 1)
+        explained = 0.0
+        for j, basis in enumerate(bases):
+            design = torch.cat([one_hot, basis[:, used].T], dim=1)  # (N, K - 1 + k²)
+            fitted = design @ torch.linalg.lstsq(design, x[:, None], driver="gelsd").solution
+            if j == 0:
+                means = one_hot @ torch.linalg.lstsq(one_hot, x[:, None], driver="gelsd").solution
+                explained = float((means - x[:, None]).square().mean())
+            left = float((fitted - x[:, None]).square().mean())
+            energies[i, j] = explained - left
+            explained = left
+    return energies
+
+
+def exponents_from_images_run(cell: Cell, config: ExponentsFromImages, context: Context) -> Result:
+    """Estimate the exponents from the targets themselves, by moments and without a segmentation network.
+
+    The logarithm of the field is linear in the exponents, so the expected energies are
+    ``energy(c) = energy(0) + sum_k c_k^2 slope_k``; offset and slopes come from simulated targets, the exponents from
+    non-negative least squares.
+    """
+    task = context.data(load_task(cell.task, **config.anatomy.model_dump()))
+    labels = task.splits["train"].labels
+    classes = len(task.classes)
+
+    def energies(exponents: str, purpose: str) -> np.ndarray:
+        generator = stream(cell.seed, purpose)
+        rows = torch.randint(len(labels), (config.images,), generator=generator)
+        x, y = LabelsToImage.learn2synth(classes)(labels[rows], generator)
+        degrade = degrader(config.bias_noise, exponents)
+        with torch.no_grad():
+            x = degrade(x, degrade.draw(x, generator))  # type: ignore[operator]
+        return field_energies(x, y, classes).mean(0).numpy()
+
+    names = ("low", "mid", "high")
+    offset = energies("0/0/0", "calibration")
+    units = [energies("/".join("1" if k == j else "0" for k in range(3)), "calibration") for j in range(3)]
+    slopes = np.stack([unit - offset for unit in units], axis=1)  # (energy, exponent)
+    squared, _ = nnls(slopes, energies(str(cell.setting["exponents"]), "target") - offset)
+    presets = exponent_values(str(cell.setting["exponents"]))
+    metrics = {f"exponent_{name}": float(np.sqrt(value)) for name, value in zip(names, squared, strict=True)}
+    errors = [metrics[f"exponent_{name}"] - preset for name, preset in zip(names, presets, strict=True)]
+    metrics |= {f"error_{name}": error for name, error in zip(names, errors, strict=True)}
+    metrics["exponent_error"] = float(np.mean(np.abs(errors)))
+    return Result(metrics)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Experiment: in_domain
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class InDomain(Settings):
+    """Configuration of `in_domain`."""
+
+    anatomy: Anatomy
+    arms: tuple[str, ...] = Field(exclude=True)
+    seeds: int = Field(exclude=True)
+
+
+def in_domain_cells(config: InDomain) -> list[Cell]:
+    """All seeds of an arm before the next."""
+    return [Cell(arm, "brain-mni", seed) for arm in config.arms for seed in range(config.seeds)]
+
+
+def in_domain_run(cell: Cell, config: InDomain, context: Context) -> Result:
+    """Train one arm with real images of half the training individuals and label maps of the other half.
+
+    Arms: ``supervised`` (the real images, as they are), ``synthseg`` (SynthSeg's fixed
+    generator), ``clean`` (Learn2Synth's generator without its augmenter), ``parametric`` and ``nonparametric``
+    (Learn2Synth). Scored on test individuals, other slabs of the brain.
+    """
+    task = context.data(load_task(cell.task, **config.anatomy.model_dump()))
+    device = context.device
+    network = network_for(task, config, cell.seed, device)
+    halves = Halves(task, config, cell.seed, device)
+    metrics: dict[str, Any] = {}
+    start = stream(cell.seed, "augmenter")
+    augmenters: dict[str, Callable[[], nn.Module]] = {
+        "parametric": lambda: Parametric(
+            IntensityNonUniformity(generator=start), GaussianNoise("fixed", generator=start)
+        ),
+        "nonparametric": lambda: Nonparametric(start),
+    }
+    if cell.method in augmenters:
+        augmenter = augmenters[cell.method]().to(device)
+        trail = learn2synth(network, augmenter, halves.synthetic, halves.measured, config, cell.seed, context)
+        metrics |= {name: float(value) for name, value in scalars(augmenter).items()}
+        every = max(1, len(trail) // 50)
+        metrics |= {f"trail_{name}": [round(point[name], 5) for point in trail[::every]] for name in trail[0]}
+    else:
+        if cell.method == "synthseg":
+            halves.synthesis = LabelsToImage.synthseg(len(task.classes), spacing=config.anatomy.spacing)
+        fit(network, halves.measured if cell.method == "supervised" else halves.synthetic, config, cell.seed, context)
+    test = task.splits["test"]
+    maps = segment(network, test.images.to(device)).cpu()
+    found = cases(maps, test.labels, test.subjects, "test", task.classes, config.anatomy.spacing)
+    for name in ("dice", "jaccard", "surface_dice", "hausdorff95"):
+        metrics[name] = float(np.nanmean([case[name] for case in found]))
+    metrics["dice_trivial"] = trivial_dice(task, "test")
+    return Result(metrics, found)
+
+
+EXPERIMENTS = {
+    e.name: e
+    for e in (
+        Experiment(
+            "noise_recovery",
+            "Are noise and field strength of the real images found again?",
+            NoiseRecovery,
+            noise_recovery_cells,
+            noise_recovery_run,
+            lambda cell, config: config.steps,
+        ),
+        Experiment(
+            "in_domain",
+            "Dice on real images of the contrast that was trained on",
+            InDomain,
+            in_domain_cells,
+            in_domain_run,
+            lambda cell, config: config.steps,
+        ),
+        Experiment(
+            "risk_profile",
+            "How the risk on real images depends on the augmentation trained with",
+            RiskProfile,
+            risk_profile_cells,
+            risk_profile_run,
+            lambda cell, config: config.steps,
+        ),
+        Experiment(
+            "exponents_from_images",
+            "The same exponents, estimated from the images themselves",
+            ExponentsFromImages,
+            exponents_from_images_cells,
+            exponents_from_images_run,
+            lambda cell, config: 0,
+        ),
+    )
+}

@@ -1,0 +1,5 @@
+"""Networks: thin builders over MONAI."""
+
+from .unet import unet
+
+__all__ = ["unet"]

@@ -1,0 +1,99 @@
+import pytest
+
+from synthrepro.evidence.fingerprint import fingerprint
+
+SOURCES = {
+    "__init__.py": "",
+    "paths.py": "ROOT = 1\n",
+    "cli.py": "def main(): pass\n",
+    "unused.py": "x = 1\n",
+    "evidence/__init__.py": "from pkg.evidence import records\n",
+    "evidence/records.py": "r = 1\n",
+    "ground/__init__.py": '"""Ground."""\nfrom .noise import draw\n',
+    "ground/noise.py": "from ..deep import depth\ndef draw(n):\n    '''Draw n.'''\n    return n * depth\n",
+    "ground/lazy.py": "value = 1\n",
+    "ground/plain.py": "value = 1\n",
+    "deep.py": "import pkg.paths\ndepth = 3\n",
+    "sub/__init__.py": "y = 1\n",
+    "sub/inner.py": "z = 1\n",
+    "methods/__init__.py": "",
+    "methods/one.py": (
+        "import pkg.sub.inner\nfrom pkg.ground import plain\nfrom pkg.evidence import records\nfrom pkg import cli\n\n\n"
+        "class A:\n    '''A class.'''\n\n    def run(self):\n        '''Run.'''\n        from pkg.ground.lazy import value\n"
+        "        return value\n"
+    ),
+}
+
+
+@pytest.fixture
+def package(tmp_path):
+    folder = tmp_path / "pkg"
+    for name, text in SOURCES.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+def changed(package, name, old, new):
+    before = fingerprint("pkg.methods.one", package)
+    text = (package / name).read_text()
+    assert old in text
+    (package / name).write_text(text.replace(old, new))
+    return fingerprint("pkg.methods.one", package) != before
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("methods/one.py", "class A:", "# a comment\n\n\nclass A:  # another\n"),
+        ("methods/one.py", "'''Run.'''", "'''Run it, and say more.\n\n        At length.\n        '''"),
+        ("methods/one.py", "        '''Run.'''\n", ""),
+        ("methods/one.py", "'''A class.'''", '"""A good class."""'),
+        ("ground/__init__.py", '"""Ground."""', '"""The ground."""'),
+        ("ground/noise.py", "return n * depth", "return (\n        n*depth\n    )"),
+    ],
+)
+def test_comments_layout_and_docstrings_do_not_count(package, name, old, new):
+    assert not changed(package, name, old, new)
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("methods/one.py", "return value", "return value + 1"),
+        ("methods/one.py", "return value", "return None"),
+        ("ground/plain.py", "1", "2"),  # from pkg.ground import plain, a submodule
+        ("ground/lazy.py", "1", "2"),  # imported inside a function
+        ("ground/noise.py", "n *", "n +"),  # through ground/__init__.py, a relative import
+        ("deep.py", "3", "4"),  # at third hand, relative from the parent
+        ("sub/inner.py", "1", "2"),  # import pkg.sub.inner
+        ("sub/__init__.py", "1", "2"),  # which runs pkg/sub/__init__.py first
+        ("__init__.py", "", "import pkg.unused\n"),
+    ],
+)
+def test_the_code_of_every_imported_module_counts(package, name, old, new):
+    assert changed(package, name, old, new)
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("unused.py", "1", "2"),
+        ("evidence/__init__.py", "records", "records, files"),
+        ("evidence/records.py", "1", "2"),
+        ("cli.py", "pass", "return 1"),
+        ("paths.py", "1", "2"),
+    ],
+)
+def test_what_is_not_imported_or_only_carries_evidence_does_not_count(package, name, old, new):
+    assert not changed(package, name, old, new)
+
+
+def test_an_unknown_module_is_an_error(package):
+    with pytest.raises(FileNotFoundError, match=r"no module pkg\.methods\.two"):
+        fingerprint("pkg.methods.two", package)
+
+
+def test_one_source_has_one_fingerprint_on_every_python(package):
+    # Syntax trees gain fields with new Pythons (type_params in 3.12); a record must not go stale by that.
+    assert fingerprint("pkg.methods.one", package) == "PINNED"

@@ -1,0 +1,126 @@
+"""Make the book: run every chapter, render a staged copy, and look at every page.
+
+    python -m tools.book
+
+Everything written lands under ``_build/``; the working tree stays as it was. The chapters run in the ``smoke``
+profile and measure into ``_build/runs``, which starts empty, so what a page calls "this run" is this run and not a
+record left from an earlier state of the code. Measurements worth keeping reach the book through
+``synthrepro publish`` and ``book/records``.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+
+from tools import browser, notebooks, pages
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "_build"
+RUNS = BUILD / "runs"
+STAGE = BUILD / "stage"
+HTML = BUILD / "html"
+
+TIMEOUT = 900  # seconds a chapter may take before it counts as hanging; in smoke it takes about one minute
+
+
+class Failure(Exception):
+    """The book cannot be made; the message says why."""
+
+
+def execute(chapter: Path) -> Path:
+    """Run a chapter in the smoke profile and return the executed notebook.
+
+    Raises:
+        Failure: the chapter failed; its traceback is the message.
+    """
+    name = chapter.stem
+    outcome = _run("synthrepro", "run", name, "--profile", "smoke", "--timeout", str(TIMEOUT))
+    if outcome.returncode:
+        raise Failure(f"chapter {name} failed.\n{outcome.stderr}")
+    return RUNS / name / f"{name}-smoke.ipynb"
+
+
+def stage(executed: dict[str, Path]) -> None:
+    """Lay out what Jupyter Book is to render: the pages, the chapters as just executed, and the claims' verdicts.
+
+    Args:
+        executed: name of each chapter -> its executed notebook.
+    """
+    from synthrepro.evidence import claims
+
+    shutil.rmtree(STAGE, ignore_errors=True)
+    shutil.copytree(ROOT / "book", STAGE / "book", ignore=shutil.ignore_patterns("records"))
+    for name in ("_config.yml", "_toc.yml"):
+        shutil.copy(ROOT / name, STAGE / name)
+    (STAGE / "book" / "generated").mkdir()
+    (STAGE / "book" / "generated" / "claims.md").write_text(claims.render(format="md"), encoding="utf8")
+    (STAGE / "notebooks").mkdir()
+    for name, path in executed.items():
+        notebook = notebooks.normalise(nbformat.read(path, as_version=4))
+        (STAGE / "notebooks" / f"{name}.ipynb").write_text(notebooks.text(notebook), encoding="utf8")
+
+
+def render() -> None:
+    """Render the staged copy into ``_build/html``, afresh.
+
+    Raises:
+        Failure: Jupyter Book failed or warned; what it said is the message.
+    """
+    shutil.rmtree(HTML, ignore_errors=True)
+    strict = ("--all", "--quiet", "--nitpick", "--warningiserror", "--keep-going")
+    outcome = _run("jupyter-book", "build", str(STAGE), "--path-output", str(ROOT), *strict)
+    if outcome.returncode:
+        raise Failure(f"Jupyter Book failed or warned.\n{outcome.stderr}")
+
+
+def check(expected: list[str]) -> None:
+    """Look at every page, in the files and as Chromium shows it.
+
+    Raises:
+        Failure: a page is missing or not in order.
+    """
+    wrong = pages.problems(HTML, expected)
+    if not wrong:
+        try:
+            wrong = browser.problems(HTML, expected)
+        except browser.Unavailable as reason:
+            print(f"The pages were not looked at in a browser: {reason}.")
+    if wrong:
+        raise Failure("\n  ".join(["the rendered book is not in order.", *wrong]))
+
+
+def _run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a program of this environment; what it says is kept, so that a traceback is shown once, by the caller."""
+    command = [str(Path(sys.executable).with_name(program)), *arguments]
+    environment = os.environ | {"SYNTHREPRO_RUNS": str(RUNS)}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def main() -> int:
+    """Make the book and return the exit status."""
+    started = time.monotonic()
+    shutil.rmtree(RUNS, ignore_errors=True)
+    executed = {}
+    try:
+        for chapter in sorted((ROOT / "notebooks").glob("*.ipynb")):
+            begun = time.monotonic()
+            executed[chapter.stem] = execute(chapter)
+            print(f"{chapter.stem}: executed in {time.monotonic() - begun:.0f} s", flush=True)
+        stage(executed)
+        render()
+        expected = pages.pages_of_toc(ROOT / "_toc.yml")
+        check(expected)
+    except Failure as failure:
+        print(f"make book: {failure}", file=sys.stderr)
+        return 1
+    print(f"{len(expected)} pages in {time.monotonic() - started:.0f} s: open {HTML / 'index.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
