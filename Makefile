@@ -20,20 +20,23 @@ setup: $(READY)
 # uv is in the lock like everything else: its own entry is cut out, so that pip checks the hash of the installer too.
 $(BIN)/uv:
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info >= (3, 11) or sys.exit( \
-	  f"Python 3.11 or newer is needed and $(PYTHON) is {v}: name another one, as in  make setup PYTHON=python3.12")'
+	  "Python 3.11 or newer is needed, and $(PYTHON) is " + v + ": name another, as in  make setup PYTHON=python3.12")'
 	$(PYTHON) -m venv --clear $(VENV)
 	@awk '/^[^ ]/ { keep = /^uv==/ } keep && !/#/' requirements.lock > $(VENV)/uv.lock
 	$(BIN)/python -m pip install --quiet --require-hashes --requirement $(VENV)/uv.lock
 
-# setuptools is in the lock, so the editable install needs neither build isolation nor the network.
-$(READY): requirements.lock pyproject.toml | $(BIN)/uv
+$(VENV)/.synced: requirements.lock | $(BIN)/uv
 	$(BIN)/uv pip sync --python $(BIN)/python --require-hashes requirements.lock
+	@touch $@
+
+# setuptools is in the lock, so the editable install needs neither build isolation nor the network.
+$(READY): $(VENV)/.synced pyproject.toml
 	$(BIN)/uv pip install --python $(BIN)/python --quiet --offline --no-deps --no-build-isolation --editable .
 	@touch $@
 
 lock: | $(BIN)/uv
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
-	  --extra book --extra dev --extra cluster pyproject.toml --output-file requirements.lock
+	  --extra book --extra dev --extra cluster pyproject.toml -o requirements.lock
 
 book: $(READY)
 	$(BIN)/python -m tools.book
@@ -43,7 +46,8 @@ test: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest --durations=10
-	$(BIN)/python -m tools.replay
+	rm -rf _build/replay
+	SYNTHREPRO_RUNS=$(CURDIR)/_build/replay $(BIN)/pytest -c tests/notebooks/nbval.ini --rootdir . notebooks
 
 clean:
 	rm -rf _build .mypy_cache .pytest_cache .ruff_cache

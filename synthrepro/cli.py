@@ -3,12 +3,13 @@
 import argparse
 import ast
 import json
+import logging
 import os
 import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("synthrepro: interrupted; run the same command again, it goes on where it stopped.", file=sys.stderr)
             return 130
+        except BrokenPipeError:  # `synthrepro table ... | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
 
 
 def _warn(
@@ -100,11 +104,11 @@ def _parser() -> argparse.ArgumentParser:
 
     command("publish", _publish, "fold runs/ into the committed book/records/", "Smoke records are left out.")
 
-    data = command("data", lambda options: data.print_help(), "list the data sets, or check one")
+    data = command("data", _data_list, "list the tasks and their data, or check one")
     data_commands = data.add_subparsers(metavar="list | check NAME", required=True)
     data_list = data_commands.add_parser("list", help="every task: where it comes from, licence, whether it is here")
     data_list.set_defaults(command=_data_list)
-    data_check = data_commands.add_parser("check", help="check one data set and name the first file that is wrong")
+    data_check = data_commands.add_parser("check", help="check the files of one task and name the first that is wrong")
     data_check.add_argument("name", metavar="NAME")
     data_check.set_defaults(command=_data_check)
 
@@ -130,12 +134,16 @@ def _seeds(text: str) -> list[int]:
 
 
 def _chapters(options: argparse.Namespace) -> None:
-    from synthrepro.evidence import chapters, load_chapter
+    from synthrepro.evidence import chapters
+    from synthrepro.evidence.profiles import read_profiles
 
+    # From the profile files: importing five chapters takes half a minute.
     for name, title in chapters().items():
         print(f"{name}: {title}")
-        for experiment in load_chapter(name).values():
-            print(f"    {experiment.name}: {experiment.title}")
+        profiles = read_profiles(name)
+        for experiment in dict.fromkeys(experiment for sections in profiles.values() for experiment in sections):
+            there = [profile for profile in PROFILES if experiment in profiles.get(profile, {})]
+            print(f"    {experiment}  ({', '.join(there)})")
 
 
 def _measure(options: argparse.Namespace) -> None:
@@ -161,13 +169,13 @@ def _measure(options: argparse.Namespace) -> None:
 def _table(options: argparse.Namespace) -> None:
     from synthrepro.evidence import tables
 
-    print(tables.render(options.chapter, options.experiment, options.format))
+    print(tables.render(options.chapter, options.experiment, options.format).rstrip())
 
 
 def _claims(options: argparse.Namespace) -> None:
     from synthrepro.evidence import claims
 
-    print(claims.render(options.format))
+    print(claims.render(options.format).rstrip())
 
 
 def _publish(options: argparse.Namespace) -> None:
@@ -233,34 +241,47 @@ def _execute(notebook: Path, output: Path, parameters: dict[str, Any], timeout: 
         from nbclient.exceptions import CellTimeoutError, DeadKernelError
     except ImportError:
         raise UserError("Running a chapter needs Jupyter; install it with: pip install 'synthrepro[book]'.") from None
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of parameters that it cannot parse
     output.parent.mkdir(parents=True, exist_ok=True)
     # nbclient's limit is one a cell; asked before each, it can be what is left of the whole.
     deadline = time.monotonic() + (timeout or 0)
     limit = {"timeout_func": lambda cell: max(1, round(deadline - time.monotonic()))} if timeout else {}
     try:
-        papermill.execute_notebook(notebook, output, parameters, progress_bar=sys.stderr.isatty(), **limit)
+        papermill.execute_notebook(
+            notebook,
+            output,
+            parameters,
+            kernel_name="python3",  # whatever name the notebook was last saved under
+            language="python",
+            progress_bar=sys.stderr.isatty(),
+            # The kernel warns that loopback is not encrypted and reports how it was shut down.
+            extra_arguments=["--log-level=CRITICAL"],
+            **limit,
+        )
     except papermill.PapermillExecutionError as error:
         print(str(error).strip("\n"), file=sys.stderr)
-        where = f"cell [{error.exec_count}] of {notebook.name} failed with {error.ename}"
+        what = f"Cell [{error.exec_count}] of {notebook.name} failed with {error.ename}"
     except CellTimeoutError:
-        where = f"{notebook.name} was not finished after {timeout} s"
+        what = f"{notebook.name} was not finished after {timeout} s"
     except DeadKernelError:
-        where = f"the kernel of {notebook.name} died, killed perhaps for want of memory"
+        what = f"The kernel of {notebook.name} died, killed perhaps for want of memory"
     else:
         return
-    raise UserError(f"{where[0].upper()}{where[1:]}; the notebook as far as it came is {output}.")
+    raise UserError(f"{what}; the notebook as far as it came is {output}.")
 
 
 def _data_list(options: argparse.Namespace) -> None:
-    from synthrepro import data
+    from synthrepro.data import list_tasks
 
-    print(data.list_tasks())
+    print(*list_tasks(), sep="\n")
 
 
-def _data_check(options: argparse.Namespace) -> None:
-    from synthrepro import data
+def _data_check(options: argparse.Namespace) -> int:
+    from synthrepro.data import check_task
 
-    print(data.check_task(options.name, paths.DATA))
+    report = check_task(options.name)
+    print(report)
+    return 1 if report.problem else 0
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -93,7 +93,7 @@ class Checkout:
         section = {"steps": 3, "pause": 0.0, "methods": ["plain", "fanciful"], "seeds": [0, 1], **changes}
         self.profiles.write_text(json.dumps({name: {"counting": section}}))
 
-    def start(self, *command: str) -> subprocess.Popen[str]:
+    def start(self, *command: str, stderr: int = subprocess.PIPE) -> subprocess.Popen[str]:
         """Start `python ...` in this checkout, as the leader of a group of its own."""
         environment = {key: value for key, value in os.environ.items() if not key.startswith("SYNTHREPRO_")}
         environment |= {"PYTHONPATH": str(self.root), "PYTHONDONTWRITEBYTECODE": "1"}
@@ -102,7 +102,7 @@ class Checkout:
             cwd=self.root,
             env=environment,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=stderr,
             text=True,
             start_new_session=True,
         )

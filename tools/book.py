@@ -8,7 +8,9 @@ record left from an earlier state of the code. Measurements worth keeping reach 
 ``synthrepro publish`` and ``book/records``.
 """
 
+import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -51,18 +53,41 @@ def stage(executed: dict[str, Path]) -> None:
     Args:
         executed: name of each chapter -> its executed notebook.
     """
-    from synthrepro.evidence import claims
-
     shutil.rmtree(STAGE, ignore_errors=True)
     shutil.copytree(ROOT / "book", STAGE / "book", ignore=shutil.ignore_patterns("records"))
     for name in ("_config.yml", "_toc.yml"):
         shutil.copy(ROOT / name, STAGE / name)
     (STAGE / "book" / "generated").mkdir()
-    (STAGE / "book" / "generated" / "claims.md").write_text(claims.render(format="md"), encoding="utf8")
+    (STAGE / "book" / "generated" / "claims.md").write_text(map_of_claims(), encoding="utf8")
     (STAGE / "notebooks").mkdir()
     for name, path in executed.items():
         notebook = notebooks.normalise(nbformat.read(path, as_version=4))
         (STAGE / "notebooks" / f"{name}.ipynb").write_text(notebooks.text(notebook), encoding="utf8")
+
+
+def map_of_claims() -> str:
+    """The verdicts as the landing page shows them: a table a chapter, and what was found right beside the claim.
+
+    The chapters themselves show the estimates, intervals and p-values too.
+    """
+    from synthrepro.evidence import chapters, claims
+
+    titles = chapters()
+    lines = []
+    for chapter, verdicts in itertools.groupby(claims.judge_all(), key=lambda one: one.chapter):
+        lines += [
+            f"### {titles[chapter].rstrip('.')}",
+            "",
+            "| Claim | Verdict | On what, or why not |",
+            "| --- " * 3 + "|",
+        ]
+        for one in verdicts:
+            stands_on = (
+                f"{claims.TIERS[one.tier]}: {one.task}, {one.profile}, {one.seeds} seeds" if one.tier else one.reason
+            )
+            lines.append(f"| {one.claim.title} | {one.verdict} | {stands_on} |")
+        lines.append("")
+    return "\n".join(lines)
 
 
 def render() -> None:
@@ -98,7 +123,9 @@ def _run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a program of this environment; what it says is kept, so that a traceback is shown once, by the caller."""
     command = [str(Path(sys.executable).with_name(program)), *arguments]
     environment = os.environ | {"SYNTHREPRO_RUNS": str(RUNS)}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    outcome = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    outcome.stderr = re.sub(r"\x1b\[[0-9;]*m", "", outcome.stderr)  # colours, which both programs send to files too
+    return outcome
 
 
 def main() -> int:

@@ -12,8 +12,8 @@ Individuals are made from it, images are its intensities:
    and the measured texture stays.
 3. Other contrasts. The same intensity gives a T1 by one monotone map (`t1_of_intensity`), tissue fractions give T2* and
    proton density, and the signal equations of `mri` give FLASH at 3, 5, 20 and 30 degrees and an MPRAGE as control.
-4. Acquisition. Signals are computed at about 1 mm and averaged to the voxel (partial volume), multiplied by a smooth
-   receive field, given Rician noise and rescaled by `mri.rescale`.
+4. Acquisition. Signals are computed on a grid of at most 1.5 mm and averaged to the voxel (partial volume), multiplied
+   by a smooth receive field, given Rician noise and rescaled by `mri.rescale`.
 
 Labels are the largest of the four fractions (outside, CSF, GM, WM) of a voxel. The brain is where the template is
 positive (it is skull-stripped); CSF is what lies inside the brain and is neither grey nor white matter.
@@ -21,11 +21,13 @@ positive (it is skull-stripped); CSF is what lies inside the brain and is neithe
 
 import hashlib
 import importlib.util
+import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Annotated, Literal
 
 import nibabel as nib
 import numpy as np
@@ -33,18 +35,16 @@ import torch
 import torch.nn.functional as F
 from nibabel.affines import from_matvec
 from nibabel.filebasedimages import ImageFileError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt, field_validator
 from torch import Tensor
 
-from .individuals import flow, sample, smooth_field
-from .mri import TISSUES, flash, mprage, rescale, rician
-from .task import Card, Split, Task
+from synthrepro.data.individuals import flow, sample, smooth_field
+from synthrepro.data.mri import TISSUES, flash, mprage, rescale, rician
+from synthrepro.data.task import Card, Split, Task
+from synthrepro.errors import UserError
 
 CLASSES = ("background", "CSF", "GM", "WM")
-FILES = {
-    "t1": "mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz",
-    "gm": "mni_icbm152_gm_tal_nlin_sym_09a_converted.nii.gz",
-    "wm": "mni_icbm152_wm_tal_nlin_sym_09a_converted.nii.gz",
-}
+FILES = [f"mni_icbm152_{name}_tal_nlin_sym_09a_converted.nii.gz" for name in ("t1", "gm", "wm")]
 SHAPE, ORIGIN = (197, 233, 189), (-98.0, -134.0, -72.0)  # voxels of 1 mm and the position of the first in MNI space, mm
 EXTENT = (SHAPE[2], SHAPE[1], SHAPE[0])  # mm along slices, rows (front to back) and columns (left to right)
 CENTRE = (115, 98)  # row and column of the middle of the brain
@@ -63,7 +63,7 @@ CONTRASTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor] | None] = {
 }
 
 # Anatomical variation at `variation=1`.
-ROTATION, ZOOM, SHIFT = 8.0, (-0.10, 0.02), 4.0  # degrees, relative, mm: half-widths and range of uniform draws
+ROTATION, ZOOM, SHIFT = 8.0, (-0.04, 0.06), 4.0  # uniform draws: degrees, mean and half-width of the zoom, mm
 VELOCITY = ((40.0, 3.5), (16.0, 2.0))  # (knot spacing in mm, standard deviation in mm)
 LOG_ODDS = ((14.0, 0.8), (6.0, 0.8))  # (knot spacing in mm, standard deviation)
 BIAS_SPACING = 90.0  # mm between knots of the log receive field
@@ -75,8 +75,8 @@ class Template:
     """The average anatomy.
 
     Attributes:
-        planes: (189, 3, 233, 197) intensity, grey and white matter fraction in [0, 1]; axial slices from below, rows
-            from front to back, columns from left to right, 1 mm.
+        planes: (189, 3, 233, 197) intensity, grey and white matter fraction in [0, 1], all zero outside the brain;
+            axial slices from below, rows from front to back, columns from left to right, 1 mm.
         means: (3,) mean intensity where CSF, GM, WM fill more than 95 % of a voxel.
     """
 
@@ -84,56 +84,53 @@ class Template:
     means: Tensor
 
 
-def folder(root: Path | None = None) -> Path:
-    """Where the template files are: `root`, or the data folder of the installed nilearn."""
-    if root is not None:
-        return Path(root)
-    spec = importlib.util.find_spec("nilearn")  # does not import it: that takes seconds and is not needed
-    if spec is None or spec.origin is None:
-        raise FileNotFoundError("brain-mni needs the package nilearn, which is not installed: run pip install nilearn.")
-    return Path(spec.origin).parent / "datasets" / "data"
+def files(folder: Path) -> list[Path]:
+    """The template's three files: in `folder` if there is such a folder, else where nilearn keeps them.
+
+    Raises:
+        UserError: nilearn is not installed.
+    """
+    if not folder.is_dir():
+        spec = importlib.util.find_spec("nilearn")  # does not import it: that takes seconds and is not needed
+        if spec is None or spec.origin is None:
+            raise UserError("brain-mni needs the package nilearn, which is not installed: run pip install nilearn.")
+        folder = Path(spec.origin).parent / "datasets" / "data"
+    return [folder / name for name in FILES]
+
+
+@lru_cache(maxsize=2)
+def read_template(folder: Path) -> Template:
+    """Read and check the template's maps.
+
+    Raises:
+        UserError: nilearn or one of the files is missing; a file cannot be read, has other voxels than the template's,
+            or holds values that are negative or not finite.
+    """
+    intensity, gm, wm = (_read(path) for path in files(folder))
+    brain = intensity > 0
+    gm, wm = gm * brain, wm * brain
+    means = [float(intensity[fraction > 0.95].mean()) for fraction in (brain - gm - wm, gm, wm)]
+    planes = np.stack([map_.transpose(2, 1, 0)[:, ::-1] for map_ in (intensity, gm, wm)], axis=1)
+    return Template(torch.from_numpy(planes), torch.tensor(means))
 
 
 def _read(path: Path) -> np.ndarray:
     if not path.is_file():
-        raise FileNotFoundError(f"brain-mni misses {path}: reinstall nilearn, which ships it.")
+        raise UserError(f"brain-mni misses {path}: reinstall nilearn, which ships it.")
     try:
         image = nib.load(path)
-        data = np.asarray(image.dataobj, dtype=np.float32)
+        data = np.asarray(image.dataobj, dtype=np.float32)  # type: ignore[attr-defined]
     except (OSError, EOFError, ValueError, ImageFileError, zlib.error) as error:
-        raise ValueError(f"brain-mni cannot read {path} ({error}): reinstall nilearn, which ships it.") from error
+        raise UserError(f"brain-mni cannot read {path} ({error}): reinstall nilearn, which ships it.") from error
     if data.shape != SHAPE:
-        raise ValueError(f"brain-mni needs maps of {SHAPE} voxels of 1 mm, but {path} has {data.shape}.")
-    if not np.allclose(image.affine, from_matvec(np.eye(3), ORIGIN)):
-        raise ValueError(f"brain-mni needs 1 mm voxels from {ORIGIN} mm, but {path} places its voxels elsewhere.")
+        raise UserError(f"brain-mni needs maps of {SHAPE} voxels of 1 mm, but {path} has {data.shape}.")
+    if not np.allclose(image.affine, from_matvec(np.eye(3), ORIGIN)):  # type: ignore[attr-defined]
+        raise UserError(f"brain-mni needs voxels of 1 mm from {ORIGIN} mm on, but {path} places them elsewhere.")
     if not np.isfinite(data).all():
-        raise ValueError(f"brain-mni found values that are not finite (NaN or infinity) in {path}.")
+        raise UserError(f"brain-mni found values that are not finite (NaN or infinity) in {path}.")
     if data.min() < 0 or data.max() == 0:
-        raise ValueError(f"brain-mni needs maps with values of at least 0 and some above it, which {path} lacks.")
+        raise UserError(f"brain-mni needs values from 0 up, some of them above it, but {path} has none such.")
     return data / data.max()
-
-
-@lru_cache(maxsize=1)
-def read_template(root: Path | None = None) -> Template:
-    """Read and check the three maps.
-
-    Raises:
-        FileNotFoundError: nilearn or one of its files is missing.
-        ValueError: a file cannot be read, has the wrong shape or resolution, or holds values that are not finite.
-    """
-    maps = [_read(folder(root) / name) for name in FILES.values()]
-    planes = torch.from_numpy(np.stack([m.transpose(2, 1, 0)[:, ::-1] for m in maps], axis=1).copy())
-    brain = planes[:, 0] > 0
-    fractions = _fractions(planes)
-    means = torch.stack([planes[:, 0][brain & (fractions[:, k] > 0.95)].mean() for k in range(3)])
-    return Template(planes, means)
-
-
-def _fractions(planes: Tensor) -> Tensor:
-    """CSF, GM and WM fractions (N, 3, R, C) of template planes (N, 3, R, C); zero outside the brain."""
-    brain = (planes[:, 0] > 0).float()
-    gm, wm = planes[:, 1] * brain, planes[:, 2] * brain
-    return torch.stack([(brain - gm - wm).clamp_min(0), gm, wm], dim=1)
 
 
 def t1_of_intensity(intensity: Tensor, means: Tensor) -> Tensor:
@@ -149,9 +146,15 @@ def t1_of_intensity(intensity: Tensor, means: Tensor) -> Tensor:
     return torch.from_numpy(np.exp(np.interp(intensity.numpy(), x, y)).astype(np.float32))
 
 
-def _generator(*key: object) -> torch.Generator:
+def stream(*key: object) -> torch.Generator:
     """A generator of its own for every purpose, so that no draw depends on how many others were made."""
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7]))
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def within(points: Tensor, axis: int) -> Tensor:
+    """Positions beyond the box of the random fields, where no brain is, moved to its border."""
+    return points.clamp(0, EXTENT[axis])
 
 
 def draw_slices(slabs: tuple[tuple[int, int], ...], slices: int, thickness: int, generator: torch.Generator) -> Tensor:
@@ -174,14 +177,12 @@ def draw_positions(z: Tensor, rows: Tensor, columns: Tensor, variation: float, g
     Returns:
         (S, h, w, 2) template rows and columns, mm.
     """
-    angle, zoom, *shift = torch.rand(4, generator=generator).tolist()
-    angle, zoom = torch.tensor(variation * ROTATION * (2 * angle - 1)).deg2rad(), 1 + variation * (
-        ZOOM[0] + (ZOOM[1] - ZOOM[0]) * zoom
-    )
+    pose = 2 * torch.rand(4, generator=generator) - 1
+    angle, zoom = (variation * ROTATION * pose[0]).deg2rad(), 1 + variation * (ZOOM[0] + ZOOM[1] * pose[1])
     rotation = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()]).view(2, 2) / zoom
     centre = torch.tensor(CENTRE, dtype=torch.float32)
     grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1)  # (h, w, 2)
-    posed = (grid - centre) @ rotation.T + centre + variation * SHIFT * (2 * torch.tensor(shift) - 1)
+    posed = (grid - centre) @ rotation.T + centre + variation * SHIFT * pose[2:]
     step = 4.0
     lattice = torch.arange(0, EXTENT[1], step), torch.arange(0, EXTENT[2], step)
     fields = (sd * smooth_field(EXTENT, knots, 2, (z, *lattice), generator) for knots, sd in VELOCITY)
@@ -192,7 +193,7 @@ def draw_positions(z: Tensor, rows: Tensor, columns: Tensor, variation: float, g
 
 @dataclass(frozen=True)
 class Anatomy:
-    """An individual's slices on a grid of about 1 mm; every map is (S, n, h, w), n planes through a slice's thickness.
+    """An individual's slices on a fine grid; every map is (S, n, h, w), n planes through a slice's thickness.
 
     Attributes:
         brain: fraction of the point inside the brain.
@@ -225,19 +226,19 @@ def draw_anatomy(
     z = planes.float().mean(dim=1)
     positions = draw_positions(z, rows, columns, variation, generator)
     selected = template.planes[planes.flatten()]
-    brain = (selected[:, :1] > 0).float()
-    stack = torch.cat([selected[:, :1], brain, _fractions(selected)], dim=1).view(s, n * 5, *EXTENT[1:])
-    deformed = sample(stack, positions).view(s, n, 5, len(rows), len(columns))
-    brain = deformed[:, :, 1]
-    inside = brain.clamp_min(1e-3)
-    before = deformed[:, :, 2:] / inside[:, :, None] + FLOOR
+    stack = torch.cat([selected, (selected[:, :1] > 0).float()], dim=1).view(s, n * 4, *EXTENT[1:])
+    deformed = sample(stack, positions).view(s, n, 4, len(rows), len(columns))
+    brain = deformed[:, :, 3]
+    inside = brain.clamp_min(1e-3)[:, :, None]
+    matter = deformed[:, :, 1:3] / inside
+    before = torch.cat([1 - matter.sum(dim=2, keepdim=True), matter], dim=2).clamp_min(0) + FLOOR
     before = before / before.sum(dim=2, keepdim=True)
-    grid = rows.clamp(0, EXTENT[1]), columns.clamp(0, EXTENT[2])
-    fields = (sd * smooth_field(EXTENT, knots, 3, (z, *grid), generator) for knots, sd in LOG_ODDS)
+    grid = z, within(rows, 1), within(columns, 2)
+    fields = (sd * smooth_field(EXTENT, knots, 3, grid, generator) for knots, sd in LOG_ODDS)
     log_odds = variation * sum(fields, torch.zeros(()))  # (S, 3, h, w)
     after = (before.log() + log_odds[:, None]).softmax(dim=2)
     shift = torch.einsum("snkhw,k->snhw", after - before, template.means)
-    intensity = (deformed[:, :, 0] / inside + shift).clamp_min(0)
+    intensity = (deformed[:, :, 0] / inside[:, :, 0] + shift).clamp_min(0)
     return Anatomy(brain, after, intensity, t1_of_intensity(intensity, template.means))
 
 
@@ -249,113 +250,140 @@ def signal(anatomy: Anatomy, contrast: str) -> Tensor:
     return anatomy.brain * equation(anatomy.t1, anatomy.mean_of("t2_star"), anatomy.mean_of("pd"))
 
 
-def labels(anatomy: Anatomy, factor: int) -> Tensor:
-    """Largest of the fractions (outside, CSF, GM, WM) of each voxel of `factor` x `factor` points, (S, H, W) int64."""
-    tissue = anatomy.fractions * anatomy.brain[:, :, None]
-    fractions = torch.cat([1 - anatomy.brain[:, :, None], tissue], dim=2)
-    return F.avg_pool2d(fractions.mean(dim=1), factor).argmax(dim=1)
+def outside_and_tissue(anatomy: Anatomy) -> Tensor:
+    """Fractions (S, n, 4, h, w) of what is outside the brain, CSF, GM and WM; they sum to one."""
+    brain = anatomy.brain[:, :, None]
+    return torch.cat([1 - brain, anatomy.fractions * brain], dim=2)
 
 
-def _options(
-    size: tuple[int, int], spacing: float, subjects: tuple[int, int, int], slices: int, contrast: str, variation: float,
-    bias: float, noise: tuple[float, float],
-) -> None:  # fmt: skip
-    """Raise a one-sentence ValueError for an option out of range."""
-    slab = min(high - low + 1 for low, high in TRAINING_SLABS + TEST_SLABS)
-    rules = {
-        f"size={size} must be two positive numbers of pixels (rows, columns)": len(size) == 2 and min(size) > 0,
-        f"spacing={spacing} must be at least 1 mm, the template's own, and at most {slab} mm, the thickness of a slab":
-            1 <= spacing <= slab,
-        f"subjects={subjects} must be three positive numbers (train, validation, test)":
-            len(subjects) == 3 and min(subjects) > 0,
-        f"slices={slices} must be at least 1 a subject": slices >= 1,
-        f"contrast={contrast!r} must be one of {', '.join(CONTRASTS)}": contrast in CONTRASTS,
-        f"variation={variation} must not be negative": variation >= 0,
-        f"bias={bias} must not be negative": bias >= 0,
-        f"noise={noise} must be a range (low, high) with 0 <= low <= high": len(noise) == 2 and 0 <= noise[0] <= noise[1],
-    }  # fmt: skip
-    for rule, holds in rules.items():
-        if not holds:
-            raise ValueError(f"brain-mni: option {rule}.")
+class Options(BaseModel):
+    """Options of the task.
 
-
-def load(
-    root: Path | None = None, *, size: tuple[int, int] = (96, 80), spacing: float = 2.0,
-    subjects: tuple[int, int, int] = (40, 10, 20), slices: int = 4, contrast: str = "t1w", variation: float = 1.0,
-    bias: float = 0.2, noise: tuple[float, float] = (0.02, 0.06), seed: int = 0,
-) -> Task:  # fmt: skip
-    """Build the task.
-
-    Args:
-        root: folder of the template's files instead of nilearn's own.
+    Attributes:
         size: rows (front to back) and columns (left to right); the brain is about 180 x 145 mm.
-        spacing: pixel size in mm; a slice is as many mm thick, rounded.
+        spacing: side of a pixel in mm; a slice is as many whole mm thick.
         subjects: individuals for training, validation and test.
-        slices: slices a subject, one a slab in turn; four slabs for training and validation, four others for test.
-        contrast: of "train", "validation" and "test"; "test-<contrast>" shows the test anatomies in every other one.
-        variation: scale of pose, flow and log-odds fields; 0 makes every individual the template.
-        bias: standard deviation of the log of the receive field.
-        noise: range of the uniform draw of an acquisition's Rician noise level, relative to bright tissue. It is
+        slices: slices a subject, one a slab in turn: four slabs for training and validation, four others for test.
+        contrast: what "train", "validation" and "test" show; "test-<contrast>" shows the test anatomies in each other.
+        variation: scale of pose, flow and log-odds fields; at 0 every individual is the template.
+        bias: standard deviation of the logarithm of the receive field.
+        noise: range of the uniform draw of an acquisition's noise level, relative to bright tissue. The level is
             neither stored with the images nor told to a method.
         seed: of everything.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    size: tuple[PositiveInt, PositiveInt] = (96, 80)
+    spacing: Annotated[float, Field(ge=1, le=9)] = 2.0
+    subjects: tuple[PositiveInt, PositiveInt, PositiveInt] = (40, 10, 20)
+    slices: PositiveInt = 4
+    contrast: Literal["t1w", "flash3", "flash5", "flash20", "flash30", "mprage"] = "t1w"
+    variation: NonNegativeFloat = 1.0
+    bias: NonNegativeFloat = 0.3
+    noise: tuple[NonNegativeFloat, NonNegativeFloat] = (0.02, 0.06)
+    seed: int = 0
+
+    @field_validator("noise")
+    @classmethod
+    def _is_a_range(cls, noise: tuple[float, float]) -> tuple[float, float]:
+        if noise[0] > noise[1]:
+            raise ValueError("the range must be (low, high)")
+        return noise
+
+
+def acquire(clean: Tensor, field: Tensor, noise: tuple[float, float], generator: torch.Generator) -> Tensor:
+    """What a scanner hands out: receive field, Rician noise of one level, and a display scale of its own per image.
+
+    Args:
+        clean: (S, H, W) noise-free signal; field: (S, H, W) receive sensitivity.
 
     Returns:
-        The task. Subject i of a split is the same whatever the number of subjects, and its anatomy the same at any
-        spacing and contrast.
+        (S, 1, H, W) in [0, 1].
+    """
+    level = noise[0] + (noise[1] - noise[0]) * float(torch.rand((), generator=generator))
+    return rescale(rician(rescale(clean) * field, level, generator)).clamp_max(1)[:, None]
+
+
+def load(options: Options, folder: Path) -> Task:
+    """Build the task.
+
+    Subject i of a split is the same whatever the number of subjects, and its anatomy whatever contrast, noise, bias
+    and number of slices; its shape also whatever size and spacing.
+
+    Args:
+        folder: of the template's files, if it exists; else nilearn's.
 
     Raises:
-        FileNotFoundError, ValueError: see `read_template`; or an option is out of range.
+        UserError: see `read_template`.
     """
-    _options(size, spacing, subjects, slices, contrast, variation, bias, noise)
-    template = read_template(root)
-    factor = max(1, round(spacing))
+    template = read_template(folder)
+    factor, thickness = math.ceil(options.spacing / 1.5), round(options.spacing)
     rows, columns = (
-        centre + (torch.arange(n * factor) - n * factor / 2) * (spacing / factor)
-        for n, centre in zip(size, CENTRE, strict=True)
-    )
+        centre + (torch.arange(n * factor) - n * factor / 2) * options.spacing / factor
+        for n, centre in zip(options.size, CENTRE, strict=True)
+    )  # (h,), (w,) points in template mm
+    pixel_rows, pixel_columns = (
+        within(points.view(-1, factor).mean(dim=1), axis) for axis, points in ((1, rows), (2, columns))
+    )  # (H,), (W,)
 
-    def acquire(clean: Tensor, z: Tensor, generator: torch.Generator) -> Tensor:
-        """Noise-free voxels (S, H, W) to the images a scanner hands out, (S, 1, H, W)."""
-        centres = [F.avg_pool1d(axis[None], factor)[0] for axis in (rows, columns)]
-        grid = z, centres[0].clamp(0, EXTENT[1]), centres[1].clamp(0, EXTENT[2])
-        received = rescale(clean) * (bias * smooth_field(EXTENT, BIAS_SPACING, 1, grid, generator)[:, 0]).exp()
-        level = noise[0] + (noise[1] - noise[0]) * float(torch.rand((), generator=generator))
-        return rescale(rician(received, level, generator)).clamp(0, 1)[:, None]
+    def pixels(points: Tensor) -> Tensor:
+        return F.avg_pool2d(points, factor)
 
-    def build(prefix: str, count: int, slabs: tuple[tuple[int, int], ...], contrasts: tuple[str, ...]) -> list[Split]:
-        images: dict[str, list[Tensor]] = {name: [] for name in contrasts}
-        maps, names = [], []
-        for i in range(count):
-            subject = f"{prefix}-{i:03d}"
-            planes = draw_slices(slabs, slices, factor, _generator(seed, subject, "slices"))
-            anatomy = draw_anatomy(template, planes, rows, columns, variation, _generator(seed, subject, "anatomy"))
-            maps.append(labels(anatomy, factor))
-            names += [subject] * slices
-            for name in contrasts:
-                clean = F.avg_pool2d(signal(anatomy, name).mean(dim=1), factor)
-                z = planes.float().mean(dim=1)
-                images[name].append(acquire(clean, z, _generator(seed, subject, name)))
-        return [Split(torch.cat(images[name]), torch.cat(maps), tuple(names)) for name in contrasts]
+    def build(prefix: str, count: int, slabs: tuple[tuple[int, int], ...], contrasts: list[str]) -> list[Split]:
+        images: dict[str, list[Tensor]] = {contrast: [] for contrast in contrasts}
+        maps: list[Tensor] = []
+        names: list[str] = []
+        for subject in (f"{prefix}-{i:03d}" for i in range(count)):
+            planes = draw_slices(slabs, options.slices, thickness, stream(options.seed, subject, "slices"))
+            anatomy = draw_anatomy(
+                template, planes, rows, columns, options.variation, stream(options.seed, subject, "anatomy")
+            )
+            maps.append(pixels(outside_and_tissue(anatomy).mean(dim=1)).argmax(dim=1))
+            names += [subject] * options.slices
+            for contrast in contrasts:
+                generator = stream(options.seed, subject, contrast)
+                grid = planes.float().mean(dim=1), pixel_rows, pixel_columns
+                field = (options.bias * smooth_field(EXTENT, BIAS_SPACING, 1, grid, generator)[:, 0]).exp()
+                clean = pixels(signal(anatomy, contrast).mean(dim=1))
+                images[contrast].append(acquire(clean, field, options.noise, generator))
+        labels = torch.cat(maps)
+        return [Split(torch.cat(images[contrast]), labels, tuple(names)) for contrast in contrasts]
 
-    others = tuple(name for name in CONTRASTS if name != contrast)
-    train, validation, test = subjects
-    splits = {
-        "train": build("train", train, TRAINING_SLABS, (contrast,))[0],
-        "validation": build("validation", validation, TRAINING_SLABS, (contrast,))[0],
-    }
-    names = ["test", *(f"test-{name}" for name in others)]
-    splits |= dict(zip(names, build("test", test, TEST_SLABS, (contrast, *others)), strict=True))
-    return Task("brain-mni", CLASSES, 1, splits, CARD)
+    train, validation, test = options.subjects
+    others = [contrast for contrast in CONTRASTS if contrast != options.contrast]
+    splits = build("train", train, TRAINING_SLABS, [options.contrast])
+    splits += build("validation", validation, TRAINING_SLABS, [options.contrast])
+    splits += build("test", test, TEST_SLABS, [options.contrast, *others])
+    names = ["train", "validation", "test", *(f"test-{contrast}" for contrast in others)]
+    return Task("brain-mni", CLASSES, 1, dict(zip(names, splits, strict=True)), CARD)
 
 
-LICENCE = (
-    "ICBM 152 template: (C) 1993-2004 Louis Collins, McConnell Brain Imaging Centre, Montreal Neurological Institute, "
-    "McGill University; free to use, copy, modify and distribute with this notice. nilearn, which ships it: BSD-3."
-)
 CARD = Card(
-    what="Semi-synthetic.",
-    splits="",
-    doubt="",
-    source="",
-    licence=LICENCE,
+    what=(
+        "Semi-synthetic T1-weighted axial slices of the brain with CSF, grey and white matter. Every individual is the "
+        "MNI152 average anatomy, changed by a random pose, a random diffeomorphism and random fields on the log-odds "
+        "of the tissues; its intensities are those measured for the template. FLASH at 3, 5, 20 and 30 degrees and an "
+        "MPRAGE are computed from a T1 map anchored to those intensities. Partial volume, a receive field and Rician "
+        "noise of undisclosed level are added to every contrast."
+    ),
+    splits=(
+        "By individual, and by place: test slices come from other slabs of the head than training and validation "
+        "slices. The further test sets show the test anatomies in another contrast."
+    ),
+    doubt=(
+        "One average anatomy stands behind all individuals: they differ in shape, not in the kind of structure they "
+        "have, and none is ill. An average is smoother than any head. Reference labels are the template's own maps, "
+        "deformed, not drawn by a person. There is no skull, no motion and no distortion. A result here says that a "
+        "method can work, not how well it does on patients."
+    ),
+    source=(
+        "ICBM 152 nonlinear symmetric template, version 2009a (Fonov et al., NeuroImage 54:313-327, 2011, and "
+        "47:S102, 2009), in the package nilearn (pip install nilearn)."
+    ),
+    licence=(
+        "Template: copyright (C) 1993-2004 Louis Collins, McConnell Brain Imaging Centre, Montreal Neurological "
+        "Institute, McGill University; may be used, copied, modified and distributed for any purpose, without fee, "
+        "if this notice stays. nilearn: BSD-3-Clause."
+    ),
 )

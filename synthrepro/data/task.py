@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -106,5 +105,5 @@ def fingerprint(task: Task) -> str:
         digest.update(repr((name, split.subjects)).encode())
         for tensor in (split.images, split.labels):
             digest.update(repr((tuple(tensor.shape), tensor.dtype)).encode())
-            digest.update(tensor.contiguous().view(torch.uint8).numpy())
+            digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()

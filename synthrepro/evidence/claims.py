@@ -15,27 +15,26 @@ included, so that a later experiment does not change how many they are.
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from pydantic import Field, model_validator
 
 from synthrepro import paths
 from synthrepro.errors import UserError
 from synthrepro.evidence import papers, verdicts
+from synthrepro.evidence.experiments import chapters
 from synthrepro.evidence.papers import Data
 from synthrepro.evidence.records import Record
 from synthrepro.evidence.records import records as stored_records
-from synthrepro.evidence.scores import Fields, Scalar, current, paired, scores
+from synthrepro.evidence.scores import Fields, Scalar, current, paired, plain, scores
 from synthrepro.evidence.verdicts import ALPHA, SEEDS, Array, Part
 
 Tier = Literal["paper", "real", "embedded"]
-Kind = Literal[
-    "superiority", "non-inferiority", "threshold", "equivalence", "interaction", "trend", "optimum", "ratio"
-]
+Kind = Literal["superiority", "non-inferiority", "threshold", "equivalence", "interaction", "trend", "optimum", "ratio"]
 Records = Callable[[str, str], list[Record]]
 
 PROFILES = ("paper", "gpu", "cpu")  # the strongest first; smoke is no evidence
@@ -133,11 +132,15 @@ class Claim(Data):
 
 
 class Place(Data):
-    """Where a paper's value stands; `{field}` in row and column is replaced by the cell's own value."""
+    """Where a paper's value stands; `{field}` in row and column is replaced by the cell's own value.
+
+    `label` tells several places of one column apart.
+    """
 
     table: str
     row: str
     column: str
+    label: str = ""
 
 
 class Column(Data):
@@ -147,16 +150,24 @@ class Column(Data):
     label: str
     digits: int = 3
     split: str | None = None
-    paper: Place | None = None
+    paper: Place | list[Place] = Field(default_factory=list)
+
+    @property
+    def places(self) -> list[Place]:
+        return self.paper if isinstance(self.paper, list) else [self.paper]
 
 
 class TableSpec(Data):
-    """One of our tables: a row for each combination of `rows`, among the cells that agree with `where`."""
+    """One of our tables: a row for each combination of `rows`, among the cells that agree with `where`.
+
+    `names` translates our values into the paper's where a `Place` is filled in.
+    """
 
     id: str
     title: str
     where: dict[str, Scalar] = Field(default_factory=dict)
     rows: dict[str, list[Scalar]]
+    names: dict[str, str] = Field(default_factory=dict)
     metrics: list[Column]
 
 
@@ -174,7 +185,7 @@ class Claims(Data):
             raise ValueError(f"claim {twice[0]!r} stands twice")
         if unknown := [task for claim in self.claims for task in claim.tasks if task not in self.tiers]:
             raise ValueError(f"task {unknown[0]!r} of a claim is not among tiers")
-        if (primary := sum(claim.primary for claim in self.claims)) != 1:
+        if self.claims and (primary := sum(claim.primary for claim in self.claims)) != 1:
             raise ValueError(f"a chapter has one primary claim, not {primary}")
         return self
 
@@ -185,16 +196,20 @@ def load_claims(chapter: str) -> Claims:
     Raises:
         UserError: it is missing or faulty, or names a table that the paper does not have (one sentence).
     """
-    found = papers.load(folder() / f"{chapter}.yaml", Claims)
-    places = [column.paper for specs in found.tables.values() for spec in specs for column in spec.metrics]
-    for name in [claim.table for claim in found.claims if claim.table] + [place.table for place in places if place]:
-        papers.table(chapter, name)
+    found = papers.load(claims_file(chapter), Claims)
+    columns = [column for specs in found.tables.values() for spec in specs for column in spec.metrics]
+    named = {claim.table for claim in found.claims if claim.table}
+    named |= {place.table for column in columns for place in column.places}
+    if named:
+        paper = papers.paper(chapter)
+        for name in named:
+            paper.table(name)
     return found
 
 
-def folder() -> Path:
-    """Where the claims files are."""
-    return paths.PACKAGE / "evidence" / "claims"
+def claims_file(chapter: str) -> Path:
+    """Where a chapter's claims are, or would be."""
+    return paths.PACKAGE / "evidence" / "claims" / f"{chapter}.yaml"
 
 
 @dataclass(frozen=True)
@@ -244,11 +259,10 @@ def judge(chapter: str, records: Records = stored_records) -> list[Verdict]:
         records: (chapter, experiment) -> records; the stored ones unless told otherwise.
 
     Raises:
-        UserError: the claims file is missing or faulty.
-        ValueError: records do not have what a claim names.
+        UserError: the claims file is missing or faulty, or records do not have what a claim names.
     """
-    loaded = load_claims(chapter)
-    found = [_judge(chapter, claim, loaded.tiers, records) for claim in loaded.claims]
+    loaded, once = load_claims(chapter), cache(records)
+    found = [_judge(chapter, claim, loaded.tiers, once) for claim in loaded.claims]
     family = [i for i, one in enumerate(found) if not (one.claim.primary or one.claim.not_tested)]
     for i, p in zip(family, verdicts.holm([found[i].p for i in family]), strict=True):
         found[i] = replace(found[i], p=p)
@@ -256,8 +270,8 @@ def judge(chapter: str, records: Records = stored_records) -> list[Verdict]:
 
 
 def judge_all() -> list[Verdict]:
-    """Verdicts of every chapter that has a claims file."""
-    return [one for chapter in papers.chapters(folder()) for one in judge(chapter)]
+    """Verdicts of every chapter that has claims."""
+    return [one for chapter in chapters() if claims_file(chapter).is_file() for one in judge(chapter)]
 
 
 def _worded(one: Verdict) -> Verdict:
@@ -293,9 +307,7 @@ def _judge(chapter: str, claim: Claim, tiers: Mapping[str, Tier], records: Recor
         holds, fails = (float(p) for p in verdicts.combine(parts))
         p = float(verdicts.two_sided(holds, fails))
         tier = tiers[task]
-        return Verdict(
-            chapter, claim, source, "", left_out, tier, task, profile, seeds, tuple(parts), holds, fails, p
-        )
+        return Verdict(chapter, claim, source, "", left_out, tier, task, profile, seeds, tuple(parts), holds, fails, p)
     smoke = "only smoke records" if any(record.profile == "smoke" for record in found) else "no records yet"
     return replace(untested, reason="; ".join(reasons) or f"experiment {claim.experiment} has {smoke}")
 
@@ -307,12 +319,18 @@ def _compare(claim: Claim, found: Sequence[Record]) -> tuple[list[Part], int]:
         group = dict(zip(claim.by, values, strict=True))
         for metric in claim.metrics:
             names = [f"{name} {value}" for name, value in group.items()] + [metric] * (len(claim.metrics) > 1)
-            arms = paired([scores(found, arm, metric) for arm in _arms(claim, group)])
+            wanted = _arms(claim, group)
+            measured = [scores(found, arm, metric) for arm in wanted]
+            for arm, each in zip(wanted, measured, strict=True):
+                about = ", ".join(f"{name} {value}" for name, value in arm.items())
+                if len(each) < SEEDS:
+                    raise _NotTested(f"{len(each)} of {SEEDS} seeds of {about}")
+                if not all(math.isfinite(score) for seed in each.values() for score in seed.values()):
+                    raise _NotTested(f"{metric} is not a number at a seed of {about}")
+            arms = paired(measured)
             seeds.append(len(arms[0]))
             if seeds[-1] < SEEDS:
-                raise _NotTested(f"{seeds[-1]} of {SEEDS} seeds of " + (", ".join(names) or "all arms"))
-            if not all(np.isfinite(arm).all() for arm in arms):
-                raise _NotTested("a score is not a number at " + (", ".join(names) or "some seed"))
+                raise _NotTested(f"{seeds[-1]} of {SEEDS} seeds that all arms share")
             for part in _decide(claim, arms):
                 parts.append(replace(part, label=", ".join([*names, *filter(None, [part.label])])))
     return parts, min(seeds)
@@ -368,7 +386,7 @@ def _decide(claim: Claim, arms: Sequence[Array]) -> list[Part]:
     return parts
 
 
-def render(found: Sequence[Verdict] | None = None, format: str = "md") -> str:
+def render(format: str = "md", found: Sequence[Verdict] | None = None) -> str:
     """Verdicts as Markdown ("md") or JSON ("json"); those of all chapters unless given.
 
     Raises:
@@ -393,20 +411,15 @@ def _row(one: Verdict) -> str:
     estimate = f"{part.estimate:.3g} [{part.low:.3g}, {part.high:.3g}]" + (f" at {part.label}" if part.label else "")
     verdict = one.verdict
     if one.p >= ALPHA:
-        verdict += f" (would have seen {part.smallest:.2g} from the margin)"
+        verdict += f" (could have seen {part.smallest:.2g} from the margin)"
     verdict += f"; {one.reason}" if one.reason else ""
     p = "< 0.001" if one.p < 0.001 else f"{one.p:.3f}"
     return f"| {title} | {asks} | {evidence} | {estimate} | {p} | {verdict} |"
 
 
 def _plain(one: Verdict) -> dict[str, Any]:
-    """JSON values; what is not finite is null."""
-
-    def number(value: Any) -> float | None:
-        return float(value) if math.isfinite(value) else None
-
-    names = ("estimate", "low", "high", "smallest", "holds", "fails")
     about = one.claim.model_dump(include={"id", "title", "sentence", "primary", "kind", "margin", "why", "note"})
-    stands = {name: getattr(one, name) for name in ("source", "verdict", "reason", "tier", "task", "profile", "seeds")}
-    parts = [{"label": part.label} | {name: number(getattr(part, name)) for name in names} for part in one.parts]
-    return {"chapter": one.chapter} | about | stands | {"p": number(one.p), "parts": parts}
+    names = ("source", "verdict", "reason", "tier", "task", "profile", "seeds", "p")
+    stands = {name: getattr(one, name) for name in names}
+    stands["parts"] = [asdict(part) for part in one.parts]
+    return {"chapter": one.chapter, **about, **plain(stands)}

@@ -6,6 +6,7 @@ import pkgutil
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -113,10 +114,17 @@ def chapters() -> dict[str, str]:
     found = {}
     for module in pkgutil.iter_modules([str(folder)]):
         path = folder / module.name / "__init__.py" if module.ispkg else folder / f"{module.name}.py"
-        tree = ast.parse(path.read_text())
-        if "EXPERIMENTS" in assigned_names(tree):
-            found[module.name] = (ast.get_docstring(tree) or "").partition("\n")[0]
+        title = _title(path.read_text(encoding="utf-8"))
+        if title is not None:
+            found[module.name] = title
     return found
+
+
+@cache
+def _title(source: str) -> str | None:
+    """First line of a module's docstring, None for a module that is no chapter."""
+    tree = ast.parse(source)
+    return (ast.get_docstring(tree) or "").partition("\n")[0] if "EXPERIMENTS" in assigned_names(tree) else None
 
 
 def assigned_names(tree: ast.Module) -> set[str]:

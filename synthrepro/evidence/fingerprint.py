@@ -3,11 +3,12 @@
 import ast
 import hashlib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 # They carry evidence, they do not compute it.
-LEFT_OUT = ("evidence", "cli", "paths", "errors")
+LEFT_OUT = {"evidence", "cli", "paths", "errors"}
 
 
 def fingerprint(module: str, package: Path) -> str:
@@ -25,19 +26,19 @@ def fingerprint(module: str, package: Path) -> str:
     """
     if _path(module, package) is None:
         raise FileNotFoundError(f"{package} holds no module {module}")
-    trees: dict[str, ast.Module] = {}
+    digests: dict[str, str] = {}
     waiting = [module]
     while waiting:
         name = waiting.pop()
         path = _path(name, package)
-        if name in trees or path is None or name.split(".")[1:2] and name.split(".")[1] in LEFT_OUT:
+        if path is None or name in digests or LEFT_OUT.intersection(name.split(".")[1:2]):
             continue
-        trees[name] = ast.parse(path.read_text(), str(path))
-        waiting += _imported(trees[name], name if path.name == "__init__.py" else name.rpartition(".")[0])
+        inside = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        digests[name], imported = _read(path.read_text(encoding="utf-8"), inside)
+        waiting += imported
         # Importing a.b.c runs a/__init__.py and a/b/__init__.py first.
         waiting += [name.rsplit(".", level)[0] for level in range(1, name.count(".") + 1)]
-    text = repr([(name, _canonical(trees[name])) for name in sorted(trees)])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(repr(sorted(digests.items())).encode()).hexdigest()[:16]
 
 
 def _path(module: str, package: Path) -> Path | None:
@@ -48,8 +49,15 @@ def _path(module: str, package: Path) -> Path | None:
     return next((p for p in (path / "__init__.py", path.with_suffix(".py")) if p.exists()), None)
 
 
+@cache
+def _read(source: str, package: str) -> tuple[str, list[str]]:
+    """Hash of a source, and what it imports; `package` is where its relative imports start from."""
+    tree = ast.parse(source)
+    return hashlib.sha256(repr(_canonical(tree)).encode()).hexdigest(), list(_imported(tree, package))
+
+
 def _imported(tree: ast.Module, package: str) -> Iterator[str]:
-    """Dotted names that may be modules; `package` is the package that relative imports start from."""
+    """Dotted names that may be modules."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

@@ -4,6 +4,7 @@ import concurrent.futures
 import multiprocessing
 import os
 import platform
+import resource
 import shutil
 import signal
 import statistics
@@ -14,11 +15,12 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
@@ -53,6 +55,19 @@ class Job:
     @property
     def key(self) -> str:
         return record_key(self.chapter, self.experiment, self.profile, self.cell, self.resolved)
+
+    @property
+    def path(self) -> Path:
+        """Where this machine keeps its record."""
+        return paths.RUNS / self.chapter / self.experiment / f"{self.key}.json"
+
+    @property
+    def lock(self) -> Path:
+        return self.path.with_suffix(".lock")
+
+    def scratches(self) -> Iterator[Path]:
+        """Folders with checkpoints, one for each code that has begun this cell."""
+        return self.path.parent.glob(f"{self.key}.*/")
 
     def settled(self, record: Record | None) -> bool:
         """Whether `record` makes measuring unnecessary."""
@@ -101,10 +116,14 @@ def measure(
         UserError: unknown chapter, experiment, profile or seed; or cells that failed, in one sentence.
     """
     todo = plan(chapter, experiment, profile, seeds=seeds, stale=stale)
-    missing = [job for job, record in todo if not job.settled(record)]
     if dry_run:
         print(forecast(todo, jobs))
-    elif missing:
+        return [record for _, record in todo if record]
+    missing = [job for job, record in todo if not job.settled(record)]
+    for job, record in todo:
+        if job.settled(record) and (job.lock.exists() or any(job.scratches())):
+            _tidy(job)
+    if missing:
         with _executor(jobs, scheduler) as (executor, width):
             _work_off(missing, executor, width)
         todo = plan(chapter, experiment, profile, seeds=seeds, stale=stale)
@@ -122,7 +141,8 @@ def plan(
     """Every cell that is asked for, in order of priority, with its record if it has one.
 
     Raises:
-        UserError: unknown chapter, experiment, profile or seed; two cells of one name.
+        UserError: unknown chapter, experiment, profile or seed.
+        ValueError: the experiment lists a cell twice.
     """
     experiments = load_chapter(chapter)
     _code_when_loaded(chapter)
@@ -226,7 +246,7 @@ def _work_off(jobs: list[Job], executor: concurrent.futures.Executor, width: int
                     elsewhere.append(job)
                     continue
                 else:
-                    _keep(outcome.record)  # a Dask worker may have another disk
+                    _keep(outcome.record, job.path)  # a Dask worker may have another disk
                 bar.update()
     if failed:
         names = ", ".join(f"{job.experiment} {job.cell.key}" for job in failed)
@@ -235,26 +255,32 @@ def _work_off(jobs: list[Job], executor: concurrent.futures.Executor, width: int
 
 def attempt(job: Job) -> Outcome:
     """Measure one cell, unless it has a record by now or another process is at it."""
-    folder = paths.RUNS / job.chapter / job.experiment
     experiment = load_chapter(job.chapter)[job.experiment]
     code = _code_when_loaded(job.chapter)
-    with files.lock(folder / f"{job.key}.lock", wait=False) as mine:
+    with files.lock(job.lock, wait=False) as mine:
         if not mine:
             return Outcome()
-        record = read(folder / f"{job.key}.json", code)
-        if job.settled(record):
-            return Outcome(record)
-        # Code is part of the name: a checkpoint must not be carried on by other code than began it.
-        scratch = folder / f"{job.key}.{code[:8]}"
-        context = Context(scratch, experiment.artefacts, paths.RUNS / job.chapter / "artefacts", code)
-        try:
-            record = _measured(job, experiment, context, code)
-            _keep(record)
-        except Exception:
-            return Outcome(failure=traceback.format_exc())
-        for left_over in folder.glob(f"{job.key}.*/"):
-            shutil.rmtree(left_over)
+        record = read(job.path, code)
+        if not job.settled(record):
+            # Code is part of the name: a checkpoint must not be carried on by other code than began it.
+            scratch = job.path.with_suffix(f".{code[:8]}")
+            context = Context(scratch, experiment.artefacts, paths.RUNS / job.chapter / "artefacts", code)
+            try:
+                record = _measured(job, experiment, context, code)
+                _keep(record, job.path)
+            except Exception:
+                return Outcome(failure=traceback.format_exc())
+        for scratch in job.scratches():
+            shutil.rmtree(scratch)
         return Outcome(record)
+
+
+def _tidy(job: Job) -> None:
+    """Remove what a process left that was killed after it had written the record."""
+    with files.lock(job.lock, wait=False) as mine:
+        if mine:
+            for scratch in job.scratches():
+                shutil.rmtree(scratch)
 
 
 def _measured(job: Job, experiment: Experiment, context: Context, code: str) -> Record:
@@ -290,8 +316,8 @@ def _measured(job: Job, experiment: Experiment, context: Context, code: str) -> 
     )
 
 
-def _keep(record: Record) -> None:
-    path, text = paths.RUNS / record.chapter / record.experiment / f"{record.key}.json", to_json(record) + "\n"
+def _keep(record: Record, path: Path) -> None:
+    text = to_json(record) + "\n"
     if not path.exists() or path.read_text() != text:
         files.write(path, lambda temporary: temporary.write_text(text))
 
@@ -317,8 +343,8 @@ def _device() -> str:
     if cuda := _cuda():
         return str(cuda.get_device_name())
     try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 
@@ -326,16 +352,20 @@ def _device() -> str:
 def _forget_peak_memory() -> None:
     if cuda := _cuda():
         cuda.reset_peak_memory_stats()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _peak_memory() -> float:
-    """MB."""
-    import resource
-
+    """MB since `_forget_peak_memory`; without /proc, since the process began."""
     if cuda := _cuda():
         return round(cuda.max_memory_allocated() / 1e6, 1)
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
+    try:
+        # Not getrusage: its maximum is inherited from the process that started this one.
+        status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+        return round(int(status["VmHWM"].removesuffix("kB")) * 1024 / 1e6, 1)
+    except (OSError, KeyError):
+        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 1)
 
 
 class _InProcess(concurrent.futures.Executor):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from synthrepro import paths
 from synthrepro.errors import UserError
@@ -36,7 +36,7 @@ class Table(Data):
     """One published table, or a part of one.
 
     `source` is a key of the paper's `sources`, `where` the place in it; `row` and `column` say what rows and columns
-    are, `digits` with how many decimals at least its numbers are printed.
+    are; `digits` is the least number of decimals printed, one for all columns or one each.
     """
 
     id: str
@@ -47,12 +47,14 @@ class Table(Data):
     column: str
     columns: list[str]
     rows: dict[str, list[float | str | None]]
-    digits: int = Field(default=3, ge=0)
+    digits: int | list[int] = 3
     note: str = ""
     marks: list[Mark] = []
 
     @model_validator(mode="after")
     def _consistent(self) -> "Table":
+        if isinstance(self.digits, list) and len(self.digits) != len(self.columns):
+            raise ValueError(f"digits has {len(self.digits)} entries for {len(self.columns)} columns")
         for row, values in self.rows.items():
             if len(values) != len(self.columns):
                 raise ValueError(f"row {row!r} has {len(values)} values for {len(self.columns)} columns")
@@ -70,10 +72,10 @@ class Table(Data):
     def text(self, row: str, column: str) -> str:
         """The published value as it is printed: `digits` decimals or more, "–" where there is none."""
         value = self.value(row, column)
-        if isinstance(value, float):
-            decimals = len(repr(value).partition(".")[2])
-            return f"{value:.{max(self.digits, decimals)}f}"
-        return value or "–"
+        if not isinstance(value, float):
+            return value or "–"
+        least = self.digits if isinstance(self.digits, int) else self.digits[self.columns.index(column)]
+        return f"{value:.{max(least, len(repr(value).partition('.')[2]))}f}"
 
     def notes(self, row: str, column: str) -> list[str]:
         """What is doubtful about the value: the marks on it and on its row."""
@@ -108,6 +110,17 @@ class Paper(Data):
             if ids.count(table.id) > 1:
                 raise ValueError(f"table {table.id!r} stands twice")
         return self
+
+    def table(self, id: str) -> Table:
+        """One of the tables.
+
+        Raises:
+            UserError: there is none of that name; the sentence lists those there are.
+        """
+        tables = {table.id: table for table in self.tables}
+        if id not in tables:
+            raise UserError(f"{self.title!r} has no table {id!r}: choose one of {', '.join(tables)}.")
+        return tables[id]
 
     def source(self, table: Table) -> str:
         """Where a reader looks a table up, as one phrase."""
@@ -149,12 +162,5 @@ def paper(chapter: str) -> Paper:
 
 
 def table(chapter: str, id: str) -> Table:
-    """One published table of a chapter's paper.
-
-    Raises:
-        UserError: the paper has no such table; the sentence lists those it has.
-    """
-    tables = {table.id: table for table in paper(chapter).tables}
-    if id not in tables:
-        raise UserError(f"The paper of {chapter!r} has no table {id!r}: choose one of {', '.join(tables)}.")
-    return tables[id]
+    """One published table of a chapter's paper; errors as for `paper` and `Paper.table`."""
+    return paper(chapter).table(id)

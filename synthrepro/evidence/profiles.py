@@ -24,13 +24,12 @@ def load_profile(chapter: str, profile: str) -> dict[str, BaseModel]:
             missing, unknown or of the wrong type. The sentence names file, profile, experiment and key.
     """
     experiments = load_chapter(chapter)
-    path = paths.PACKAGE / "methods" / "profiles" / f"{chapter}.yaml"
-    sections = _read(path).get(profile)
     if profile not in PROFILES:
         raise UserError(f"There is no profile {profile!r}; the profiles are {', '.join(PROFILES)}.")
-    where = f"{_shown(path)}, profile {profile!r}"
-    if not isinstance(sections, dict):
-        raise UserError(f"{where}: the profile is missing or empty; add it with a section for each experiment.")
+    where = f"{_shown(_path(chapter))}, profile {profile!r}"
+    sections = read_profiles(chapter).get(profile)
+    if sections is None:
+        raise UserError(f"{where}: the profile is missing; add it, with a section for each experiment.")
     for name in [*experiments, *sections]:
         if name not in sections:
             raise UserError(f"{where}: experiment {name!r} has no section; add one.")
@@ -48,19 +47,29 @@ def load_profile(chapter: str, profile: str) -> dict[str, BaseModel]:
     return configs
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_profiles(chapter: str) -> dict[str, dict[str, Any]]:
+    """Profile -> experiment -> section, as the file has them, not validated.
+
+    Raises:
+        UserError: the file is missing, no YAML, or has another form.
+    """
+    path = _path(chapter)
     if not path.exists():
         raise UserError(f"{_shown(path)} is missing; a chapter needs it, with the profiles {', '.join(PROFILES)}.")
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise UserError(f"{_shown(path)} is no valid YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{_shown(path)} must map profiles to sections.")
+    if not isinstance(content, dict) or not all(isinstance(sections, dict) for sections in content.values()):
+        raise UserError(f"{_shown(path)} must map each profile to the sections of its experiments.")
     for profile in content:
         if profile not in PROFILES:
             raise UserError(f"{_shown(path)}: there is no profile {profile!r}; the profiles are {', '.join(PROFILES)}.")
     return content
+
+
+def _path(chapter: str) -> Path:
+    return paths.PACKAGE / "methods" / "profiles" / f"{chapter}.yaml"
 
 
 def _sentence(problem: Any, config: type[BaseModel]) -> str:

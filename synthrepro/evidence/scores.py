@@ -1,10 +1,13 @@
 """From records to scores: which cells a claim or a table means, and what it reads from them."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel
 
+from synthrepro.errors import UserError
 from synthrepro.evidence.records import Record
 from synthrepro.evidence.verdicts import Array
 
@@ -19,10 +22,9 @@ def current(found: Iterable[Record]) -> list[Record]:
     return [record for record in found if newest and record.config_hash == newest.config_hash]
 
 
-def field(record: Record, name: str) -> str | None:
-    """A field of the record's cell as text, None where it has no such field."""
-    value = {"method": record.cell.method, "task": record.cell.task, **record.cell.setting}.get(name)
-    return None if value is None else str(value)
+def field(record: Record, name: str) -> str:
+    """A field of the record's cell as text, "" where it has no such field."""
+    return str({"method": record.cell.method, "task": record.cell.task, **record.cell.setting}.get(name, ""))
 
 
 def agrees(record: Record, where: Fields) -> bool:
@@ -33,10 +35,11 @@ def agrees(record: Record, where: Fields) -> bool:
 def scores(found: Iterable[Record], where: Fields, metric: str) -> dict[int, dict[str, float]]:
     """Seed -> subject -> score, for the cells that agree with `where`; a metric of the whole cell has subject "".
 
-    Cases of one subject are averaged. A metric "a - b" is the difference of two.
+    Cases of one subject are averaged, without those that have no score (such as a slice without any structure). A
+    metric "a - b" is the difference of two.
 
     Raises:
-        ValueError: a record lacks the metric or the split, or one seed has several such cells.
+        UserError: a record lacks the metric or the split, or one seed has several such cells.
     """
     result: dict[int, dict[str, float]] = {}
     for record in found:
@@ -44,18 +47,19 @@ def scores(found: Iterable[Record], where: Fields, metric: str) -> dict[int, dic
             continue
         name = f"{record.cell.key} of {record.experiment}"
         if record.cell.seed in result:
-            raise ValueError(f"{name} is not its seed's only cell with {dict(where)}: name the field that differs.")
-        cases = {"": [record.metrics]}
-        if "split" in where:
-            cases = {}
-            for case in record.cases:
-                if case.get("split") == where["split"]:
-                    cases.setdefault(case["subject"], []).append(case)
+            raise UserError(f"{name} is not its seed's only cell with {dict(where)}: name the field that differs.")
+        if "split" not in where:
+            result[record.cell.seed] = {"": _number(record.metrics, metric, name)}
+            continue
+        cases: dict[str, list[float]] = {}
+        for case in record.cases:
+            if case.get("split") == where["split"]:
+                score = _number(case, metric, name)
+                cases.setdefault(case["subject"], []).extend([score] if math.isfinite(score) else [])
         if not cases:
-            raise ValueError(f"{name} has no case of split {where['split']!r}.")
+            raise UserError(f"{name} has no case of split {where['split']!r}.")
         result[record.cell.seed] = {
-            subject: float(np.mean([_number(values, metric, name) for values in several]))
-            for subject, several in cases.items()
+            subject: float(np.mean(several)) if several else math.nan for subject, several in cases.items()
         }
     return result
 
@@ -65,7 +69,7 @@ def _number(values: Mapping[str, Any], metric: str, name: str) -> float:
     if second:
         return _number(values, first, name) - _number(values, second, name)
     if not isinstance(value := values.get(metric), int | float):
-        raise ValueError(f"{name} has no number {metric!r}.")
+        raise UserError(f"{name} has no number {metric!r}.")
     return float(value)
 
 
@@ -81,3 +85,16 @@ def paired(arms: Sequence[Mapping[int, Mapping[str, float]]]) -> list[Array]:
         return [np.array([[np.mean([*arm[seed].values()])] for seed in seeds]) for arm in arms]
     subjects = sorted(arms[0][seeds[0]])
     return [np.array([[arm[seed][subject] for subject in subjects] for seed in seeds]) for arm in arms]
+
+
+def plain(value: Any) -> Any:
+    """JSON values of a nest of dictionaries, lists, models and numbers: what is not finite is null."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, BaseModel):
+        return plain(value.model_dump())
+    if isinstance(value, float | np.ndarray):
+        return float(value) if math.isfinite(value) else None
+    return value

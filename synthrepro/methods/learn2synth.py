@@ -34,6 +34,11 @@ from synthrepro.training import LOSSES, seeded, segment, stream
 Pairs = Callable[[int], tuple[Tensor, Tensor]]  # step -> images (B, 1, H, W) and label maps (B, H, W)
 
 
+def generator(task: Task, anatomy: "Anatomy") -> LabelsToImage:
+    """Learn2Synth's generator, its blur and textures as wide in mm as the authors'."""
+    return LabelsToImage.learn2synth(len(task.classes), spacing=anatomy.spacing)
+
+
 class Settings(Config):
     """How a network, and an augmenter with it, is trained."""
 
@@ -150,7 +155,12 @@ def learn2synth(
 
 
 def fit(
-    network: nn.Module, pairs: Pairs, settings: Settings, seed: int, context: Context, augmenter: nn.Module | None = None
+    network: nn.Module,
+    pairs: Pairs,
+    settings: Settings,
+    seed: int,
+    context: Context,
+    augmenter: nn.Module | None = None,
 ) -> None:
     """Train a network in place by ordinary steps, on images as they come or through a fixed augmenter."""
     loss = LOSSES[settings.loss]
@@ -229,33 +239,33 @@ class Halves:
     A seed redraws who is in which half, and everything drawn from them.
     """
 
-    def __init__(self, task: Task, settings: Settings, seed: int, device: torch.device) -> None:
+    def __init__(self, task: Task, synthesis: LabelsToImage, batch: int, seed: int, device: torch.device) -> None:
         train = task.splits["train"]
         people = train.individuals
         order = torch.randperm(len(people), generator=stream(seed, "individuals")).tolist()
         middle = len(people) // 2
         self.real = train.take([people[i] for i in order[:middle]])
-        self.synthesis = LabelsToImage.learn2synth(len(task.classes))
+        self.synthesis = synthesis
         self.labels = train.take([people[i] for i in order[middle:]]).labels.to(device)
         self.real_images, self.real_labels = self.real.images.to(device), self.real.labels.to(device)
-        self.batch, self.seed = settings.batch, seed
+        self.batch, self.seed = batch, seed
 
-    def _pick(self, maps: Tensor, generator: torch.Generator) -> Tensor:
-        return torch.randperm(len(maps), generator=generator)[: self.batch].to(maps.device)
+    def _pick(self, maps: Tensor, draws: torch.Generator) -> Tensor:
+        return torch.randperm(len(maps), generator=draws)[: self.batch].to(maps.device)
 
     def synthetic(self, step: int) -> tuple[Tensor, Tensor]:
         """Clean synthetic images, in [0, 1], with their deformed label maps."""
-        generator = stream(self.seed, f"synthesis {step}")
-        return self.synthesis(self.labels[self._pick(self.labels, generator)], generator)
+        draws = stream(self.seed, f"synthesis {step}")
+        return self.synthesis(self.labels[self._pick(self.labels, draws)], draws)
 
     def target(self, degrade: nn.Module) -> Pairs:
-        """"Real" pairs that are synthetic images of the other half's label maps, degraded in a known way."""
+        """ "Real" pairs that are synthetic images of the other half's label maps, degraded in a known way."""
 
         def pairs(step: int) -> tuple[Tensor, Tensor]:
-            generator = stream(self.seed, f"target {step}")
-            x, y = self.synthesis(self.real_labels[self._pick(self.real_labels, generator)], generator)
+            draws = stream(self.seed, f"target {step}")
+            x, y = self.synthesis(self.real_labels[self._pick(self.real_labels, draws)], draws)
             with torch.no_grad():
-                return degrade(x, degrade.draw(x, generator)), y  # type: ignore[operator]
+                return degrade(x, degrade.draw(x, draws)), y  # type: ignore[operator]
 
         return pairs
 
@@ -265,12 +275,12 @@ class Halves:
         return self.real_images[rows], self.real_labels[rows]
 
 
-def target_set(task: Task, split: str, degrade: nn.Module, device: torch.device) -> tuple[Tensor, Tensor]:
-    """One degraded synthetic image of each label map of a split: the same for every arm and seed."""
-    generator = stream(0, f"test {split}")
+def target_set(task: Task, synthesis: LabelsToImage, degrade: nn.Module, device: torch.device) -> tuple[Tensor, Tensor]:
+    """One degraded synthetic image of each test label map: the same for every arm and seed."""
+    draws = stream(0, "test")
     with torch.no_grad():
-        x, y = LabelsToImage.learn2synth(len(task.classes))(task.splits[split].labels.to(device), generator)
-        return degrade(x, degrade.draw(x, generator)), y  # type: ignore[operator]
+        x, y = synthesis(task.splits["test"].labels.to(device), draws)
+        return degrade(x, degrade.draw(x, draws)), y  # type: ignore[operator]
 
 
 def network_for(task: Task, settings: Settings, seed: int, device: torch.device) -> nn.Module:
@@ -336,7 +346,7 @@ def noise_recovery_run(cell: Cell, config: NoiseRecovery, context: Context) -> R
     augmenter = augmenter.to(device)
 
     network = network_for(task, config, cell.seed, device)
-    halves = Halves(task, config, cell.seed, device)
+    halves = Halves(task, generator(task, config.anatomy), config.batch, cell.seed, device)
     trail = learn2synth(network, augmenter, halves.synthetic, halves.target(degrade), config, cell.seed, context)
 
     tail = trail[-max(1, len(trail) // 5) :]
@@ -360,7 +370,7 @@ def noise_recovery_run(cell: Cell, config: NoiseRecovery, context: Context) -> R
     every = max(1, len(trail) // 50)
     metrics |= {f"trail_{name}": [round(point[name], 5) for point in trail[::every]] for name in trail[0]}
 
-    x, y = target_set(task, "test", degrade, device)
+    x, y = target_set(task, halves.synthesis, degrade, device)
     subjects = task.splits["test"].subjects
     found = cases(segment(network, x).cpu(), y.cpu(), subjects, "test", task.classes, config.anatomy.spacing)
     metrics["dice_real"] = float(np.nanmean([case["dice"] for case in found]))
@@ -382,7 +392,9 @@ class RiskProfile(Settings):
     target_exponents: tuple[str, ...]  # targets of the "strength" and "split" axes
     noises: tuple[str, ...] = Field(exclude=True)  # trained at
     strengths: tuple[float, ...] = Field(exclude=True)  # trained at: all three exponents at once
-    splits: tuple[str, ...] = Field(exclude=True)  # trained at: exponents of one total strength, apportioned differently
+    splits: tuple[str, ...] = Field(
+        exclude=True
+    )  # trained at: exponents of one total strength, apportioned differently
     seeds: int = Field(exclude=True)
 
 
@@ -413,12 +425,12 @@ def risk_profile_run(cell: Cell, config: RiskProfile, context: Context) -> Resul
         augmenter = degrader(config.bias_noise, value)
         targets = {exponents: degrader(config.bias_noise, exponents) for exponents in config.target_exponents}
     network = network_for(task, config, cell.seed, device)
-    halves = Halves(task, config, cell.seed, device)
+    halves = Halves(task, generator(task, config.anatomy), config.batch, cell.seed, device)
     fit(network, halves.synthetic, config, cell.seed, context, augmenter.to(device))
     network.eval()
     metrics: dict[str, Any] = {}
     for name, degrade in targets.items():
-        x, y = target_set(task, "test", degrade.to(device), device)
+        x, y = target_set(task, halves.synthesis, degrade.to(device), device)
         with torch.no_grad():
             metrics[f"risk {name}"] = float(LOSSES[config.loss](network(x), y))
         metrics[f"dice {name}"] = float(dice(segment(network, x), y, len(task.classes)).nanmean())
@@ -463,27 +475,25 @@ def field_energies(images: Tensor, labels: Tensor, classes: int, grids: tuple[in
         (B, len(grids)) energies, a mean over the pixels used.
     """
     b, _, h, w = images.shape
-    energies = torch.zeros(b, len(grids), dtype=torch.float64)
     bases = []
     for k in grids:
         knots = torch.eye(k * k, dtype=torch.float64).view(k * k, 1, k, k)
         tents = nn.functional.interpolate(knots, (h, w), mode="bilinear", align_corners=True)
-        bases.append(tents.flatten(1))  # (k * k, H * W)
+        bases.append(tents.flatten(1).T)  # (H * W, k * k)
+    energies = torch.zeros(b, len(grids), dtype=torch.float64)
     for i in range(b):
         used = ((labels[i] > 0) & (images[i, 0] > 0.1)).flatten()
-        x, y = images[i, 0].flatten()[used].double().log(), labels[i].flatten()[used]
-        one_hot = nn.functional.one_hot(y, classes).double()[:, 1:]  # (N, K - 1)
-        explained = 0.0
-        for j, basis in enumerate(bases):
-            design = torch.cat([one_hot, basis[:, used].T], dim=1)  # (N, K - 1 + k²)
-            fitted = design @ torch.linalg.lstsq(design, x[:, None], driver="gelsd").solution
-            if j == 0:
-                means = one_hot @ torch.linalg.lstsq(one_hot, x[:, None], driver="gelsd").solution
-                explained = float((means - x[:, None]).square().mean())
-            left = float((fitted - x[:, None]).square().mean())
-            energies[i, j] = explained - left
-            explained = left
+        x = images[i, 0].flatten()[used].double().log()
+        one_hot = nn.functional.one_hot(labels[i].flatten()[used], classes).double()  # (N, K)
+        left = [_residual(one_hot, x), *(_residual(torch.cat([one_hot, basis[used]], dim=1), x) for basis in bases)]
+        energies[i] = -torch.stack(left).diff()
     return energies
+
+
+def _residual(design: Tensor, x: Tensor) -> Tensor:
+    """Mean square that least squares leave; a trace of ridge, since columns may be empty or add up to others."""
+    gram = design.T @ design + 1e-8 * torch.eye(design.shape[1], dtype=design.dtype)
+    return (x - design @ torch.linalg.solve(gram, design.T @ x)).square().mean()
 
 
 def exponents_from_images_run(cell: Cell, config: ExponentsFromImages, context: Context) -> Result:
@@ -498,12 +508,12 @@ def exponents_from_images_run(cell: Cell, config: ExponentsFromImages, context: 
     classes = len(task.classes)
 
     def energies(exponents: str, purpose: str) -> np.ndarray:
-        generator = stream(cell.seed, purpose)
-        rows = torch.randint(len(labels), (config.images,), generator=generator)
-        x, y = LabelsToImage.learn2synth(classes)(labels[rows], generator)
+        draws = stream(cell.seed, purpose)
+        rows = torch.randint(len(labels), (config.images,), generator=draws)
+        x, y = generator(task, config.anatomy)(labels[rows], draws)
         degrade = degrader(config.bias_noise, exponents)
         with torch.no_grad():
-            x = degrade(x, degrade.draw(x, generator))  # type: ignore[operator]
+            x = degrade(x, degrade.draw(x, draws))  # type: ignore[operator]
         return field_energies(x, y, classes).mean(0).numpy()
 
     names = ("low", "mid", "high")
@@ -540,21 +550,24 @@ def in_domain_cells(config: InDomain) -> list[Cell]:
 def in_domain_run(cell: Cell, config: InDomain, context: Context) -> Result:
     """Train one arm with real images of half the training individuals and label maps of the other half.
 
-    Arms: ``supervised`` (the real images, as they are), ``synthseg`` (SynthSeg's fixed
-    generator), ``clean`` (Learn2Synth's generator without its augmenter), ``parametric`` and ``nonparametric``
-    (Learn2Synth). Scored on test individuals, other slabs of the brain.
+    Arms: ``supervised`` (the real images as they are), ``synthseg`` (SynthSeg's fixed generator),
+    ``learn2synth-parametric`` and ``learn2synth-nonparametric``. Scored on test individuals, in other slabs of the
+    brain than those trained on.
     """
     task = context.data(load_task(cell.task, **config.anatomy.model_dump()))
     device = context.device
     network = network_for(task, config, cell.seed, device)
-    halves = Halves(task, config, cell.seed, device)
+    synthesis = generator(task, config.anatomy)
+    if cell.method == "synthseg":
+        synthesis = LabelsToImage.synthseg(len(task.classes), spacing=config.anatomy.spacing)
+    halves = Halves(task, synthesis, config.batch, cell.seed, device)
     metrics: dict[str, Any] = {}
     start = stream(cell.seed, "augmenter")
     augmenters: dict[str, Callable[[], nn.Module]] = {
-        "parametric": lambda: Parametric(
+        "learn2synth-parametric": lambda: Parametric(
             IntensityNonUniformity(generator=start), GaussianNoise("fixed", generator=start)
         ),
-        "nonparametric": lambda: Nonparametric(start),
+        "learn2synth-nonparametric": lambda: Nonparametric(start),
     }
     if cell.method in augmenters:
         augmenter = augmenters[cell.method]().to(device)
@@ -563,8 +576,6 @@ def in_domain_run(cell: Cell, config: InDomain, context: Context) -> Result:
         every = max(1, len(trail) // 50)
         metrics |= {f"trail_{name}": [round(point[name], 5) for point in trail[::every]] for name in trail[0]}
     else:
-        if cell.method == "synthseg":
-            halves.synthesis = LabelsToImage.synthseg(len(task.classes), spacing=config.anatomy.spacing)
         fit(network, halves.measured if cell.method == "supervised" else halves.synthetic, config, cell.seed, context)
     test = task.splits["test"]
     maps = segment(network, test.images.to(device)).cpu()

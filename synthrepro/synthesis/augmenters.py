@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from synthrepro.errors import UserError
 from synthrepro.models import unet
-from synthrepro.synthesis.draws import Draw, normal, seeds, spawn, uniform, white_noise
+from synthrepro.synthesis.draws import Draw, normal, pixel_generators, seeds, spawn, uniform
 from synthrepro.synthesis.fields import bspline_weights, cell_positions, expand, linear_weights
 from synthrepro.training import seeded
 
@@ -79,7 +79,7 @@ class GaussianNoise(nn.Module):
             modulation = normal(samples)
         if self.mode == "range":
             modulation = uniform(samples, ())
-        eps = white_noise(seeds(samples), tuple(images.shape[1:]), images.device)
+        eps = normal(pixel_generators(seeds(samples), images.device), tuple(images.shape[1:]))
         return Draw(eps=eps.to(images.dtype), modulation=modulation.to(images))
 
     def forward(self, images: Tensor, draw: Draw) -> Tensor:
@@ -231,8 +231,8 @@ class Nonparametric(nn.Module):
         """``xi`` (B, 1, H, W); the released variant's is that of :class:`GaussianNoise`."""
         if self.noise is not None:
             return self.noise.draw(images, generator)
-        noise_seeds = seeds(spawn(len(images), generator))
-        return Draw(xi=white_noise(noise_seeds, (1, *images.shape[-2:]), images.device).to(images.dtype))
+        pixels = pixel_generators(seeds(spawn(len(images), generator)), images.device)
+        return Draw(xi=normal(pixels, (1, *images.shape[-2:])).to(images.dtype))
 
     def forward(self, images: Tensor, draw: Draw) -> Tensor:
         """Augmented images, (B, C, H, W), not clipped.

@@ -57,8 +57,8 @@ def uniform(
 
 
 def normal(generators: list[torch.Generator], shape: tuple[int, ...] = ()) -> Tensor:
-    """Standard normal numbers, (B, *shape)."""
-    return torch.stack([torch.randn(shape, generator=g) for g in generators])
+    """Standard normal numbers on the generators' device, (B, *shape)."""
+    return torch.stack([torch.randn(shape, generator=g, device=g.device) for g in generators])
 
 
 def seeds(generators: list[torch.Generator]) -> Tensor:
@@ -66,7 +66,6 @@ def seeds(generators: list[torch.Generator]) -> Tensor:
     return torch.stack([torch.randint(2**62, (), generator=g) for g in generators])
 
 
-def white_noise(seeds: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Standard normal fields on `device`, (B, *shape), each from its sample's seed alone."""
-    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds.tolist()]
-    return torch.stack([torch.randn(shape, generator=g, device=device) for g in generators])
+def pixel_generators(seeds: Tensor, device: torch.device) -> list[torch.Generator]:
+    """A generator of pixel noise for each of (B,) seeds, on the device of the images."""
+    return [torch.Generator(device).manual_seed(seed) for seed in seeds.tolist()]

@@ -1,5 +1,7 @@
 """Smooth fields and smoothing, all separable: a field is (rows' weights) @ (control points) @ (columns' weights)."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -10,8 +12,9 @@ def pick(table: Tensor, index: Tensor) -> Tensor:
 
     A look-up in one flat table is several times faster on a CPU than gather.
     """
-    offset = torch.arange(len(table), device=table.device) * table.shape[1]
-    index = index + offset.reshape(-1, *(1,) * (index.ndim - 1))
+    if len(table) > 1:
+        offset = torch.arange(len(table), device=table.device) * table.shape[1]
+        index = index + offset.reshape(-1, *(1,) * (index.ndim - 1))
     return table.flatten(0, 1).index_select(0, index.flatten()).reshape(*index.shape, *table.shape[2:])
 
 
@@ -130,23 +133,36 @@ def resampling_matrix(sd: Tensor, factor: Tensor, size: int) -> Tensor:
     return sampled(left).lerp(sampled(right), (position - left)[..., None])
 
 
-def textures(noise: Tensor, sd: Tensor, shift: Tensor) -> Tensor:
-    """One smooth texture a class: white noise smoothed by the class's own discrete Gaussian, on a periodic image.
+def multiply_banded(matrix: Tensor, image: Tensor, reach: int) -> Tensor:
+    """matrix @ image, for a matrix that is 0 further than `reach` from its diagonal: (B, n, n) @ (B, n, m)."""
+    size, block = len(matrix[0]), 64
+    if 2 * reach + block >= size:
+        return matrix @ image
+    parts = []
+    for start in range(0, size, block):
+        near = slice(max(start - reach, 0), start + block + reach)
+        parts.append(matrix[:, start : start + block, near] @ image[:, near])
+    return torch.cat(parts, 1)
 
-    All classes of a sample share one field of white noise, each shifted by an amount of its own, so that textures of
-    neighbouring classes are unrelated where they meet.
+
+def smooth_textures(noise: Tensor, sd: Tensor, shift: Tensor) -> Iterator[Tensor]:
+    """One texture a class: white noise smoothed by the class's own discrete Gaussian, on a periodic image.
+
+    All classes of a sample share one field of white noise, each shifted by an amount of its own, so that the textures
+    of neighbouring classes are unrelated where they meet.
 
     Args:
-        noise: (B, H, W) standard normal.
+        noise: (B, H, W), standard normal.
         sd: (B, K) of the smoothing, pixels; shift: (B, K, 2) rows and columns, whole pixels.
 
-    Returns:
-        (B, K, H, W); their SD shrinks as the smoothing grows.
+    Yields:
+        (B, H, W) for each class in turn; the SD shrinks as the smoothing grows.
     """
     height, width = noise.shape[-2:]
     rows = torch.fft.fftfreq(height, device=noise.device) * (2 * torch.pi)
     columns = torch.fft.rfftfreq(width, device=noise.device) * (2 * torch.pi)
-    row_factor = torch.polar(gaussian_transfer(sd, rows), -shift[..., :1] * rows)  # (B, K, H)
-    column_factor = torch.polar(gaussian_transfer(sd, columns), -shift[..., 1:] * columns)  # (B, K, W // 2 + 1)
-    spectrum = torch.fft.rfft2(noise)[:, None] * row_factor[..., None]
-    return torch.fft.irfft2(spectrum.mul_(column_factor[..., None, :]), s=(height, width))
+    row_factor = torch.polar(gaussian_transfer(sd, rows), -shift[..., :1] * rows)[..., None]  # (B, K, H, 1)
+    column_factor = torch.polar(gaussian_transfer(sd, columns), -shift[..., 1:] * columns)[..., None, :]
+    spectrum = torch.fft.rfft2(noise)
+    for k in range(sd.shape[1]):  # one at a time stays in a CPU's cache
+        yield torch.fft.irfft2((spectrum * row_factor[:, k]).mul_(column_factor[:, k]), s=(height, width))

@@ -1,6 +1,7 @@
 """Label map -> image by domain randomisation, after SynthSeg and the generator Learn2Synth uses."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -15,11 +16,21 @@ from synthrepro.synthesis.deformation import (
     sampling_positions,
     smooth_displacement,
 )
-from synthrepro.synthesis.draws import Draw, normal, seeds, spawn, uniform, white_noise
-from synthrepro.synthesis.fields import corner_positions, expand, linear_weights, pick, resampling_matrix, smoothing_matrix, textures
+from synthrepro.synthesis.draws import Draw, normal, pixel_generators, seeds, spawn, uniform
+from synthrepro.synthesis.fields import (
+    corner_positions,
+    expand,
+    linear_weights,
+    multiply_banded,
+    pick,
+    resampling_matrix,
+    smooth_textures,
+    smoothing_matrix,
+)
 
 Range = tuple[float, float]
 OFF: Range = (0.0, 0.0)
+QUANTILE_PIXELS = 10_000  # quantiles are of about as many pixels, on a regular grid (cornucopia: at random)
 FWHM = math.sqrt(8 * math.log(2))  # full width at half maximum of a Gaussian, in SDs
 
 
@@ -88,7 +99,9 @@ class LabelsToImage:
             )
 
     @classmethod
-    def learn2synth(cls, classes: int, generation_classes: tuple[int, ...] | None = None) -> Self:
+    def learn2synth(
+        cls, classes: int, generation_classes: tuple[int, ...] | None = None, *, spacing: float = 1.0
+    ) -> Self:
         """The generator of Learn2Synth's released scripts.
 
         That is ``SynthFromLabelTransform(order=1, resolution=False, snr=False, bias=False)`` of cornucopia, with the
@@ -97,11 +110,14 @@ class LabelsToImage:
         2 to 10 control points; class means U(0, 1), SDs U(0, 0.05), smoothing U(0, 10) FWHM, background 0; gamma
         LogNormal(0, 0.6); blur U(0, 3) FWHM; 1 % and 99 % quantiles.
 
-        Differences from cornucopia: the displacement lives on the deformed image's frame; classes share one field of
-        noise (:func:`synthrepro.synthesis.fields.textures`); negative intensities are clipped, so the background is
+        Differences from cornucopia: the displacement lives on the deformed image's frame; classes smooth one field of
+        noise, each shifted on its own, on a periodic image; negative intensities are clipped, so the background is
         the minimum; and the stretch by quantiles. cornucopia takes both of the pixels that are not 0 and clips
         nothing, which sends the background below 0; clipping that to [0, 1] would give background and darkest class
         one intensity. So the lower quantile is of all pixels here: the background, if at least 1 % of the image.
+
+        Args:
+            spacing: Pixel in mm; cornucopia's widths are in voxels, and the authors' voxels are 1 mm.
         """
         return cls(
             classes,
@@ -111,16 +127,14 @@ class LabelsToImage:
             shear=(-0.012, 0.012),
             zoom=(-0.15, 0.15),
             displacement=(0.0, 0.05),
-            texture_fwhm=(0.0, 10.0),
+            texture_fwhm=(0.0, 10.0 / spacing),
             gamma=0.6,
-            blur_fwhm=(0.0, 3.0),
+            blur_fwhm=(0.0, 3.0 / spacing),
             quantiles=(0.01, 0.99),
         )
 
     @classmethod
-    def synthseg(
-        cls, classes: int, generation_classes: tuple[int, ...] | None = None, *, spacing: float = 1.0
-    ) -> Self:
+    def synthseg(cls, classes: int, generation_classes: tuple[int, ...] | None = None, *, spacing: float = 1.0) -> Self:
         """The generator of SynthSeg (Billot et al., Medical Image Analysis 2023), in two dimensions.
 
         Ranges of BBillot/SynthSeg at 66342c1: scaling 0.2, rotation 15 degrees, shear 0.012, no translation; velocity
@@ -198,7 +212,7 @@ class LabelsToImage:
         texture_sd = draws((count,), self.texture_fwhm)[:, gaussian] / FWHM
         texture_shift = draws((self.classes, 2), (0.0, 1.0))
         if not self.fill_background:
-            mean[:, 0] = sd[:, 0] = texture_sd[:, 0] = 0
+            mean[:, 0] = sd[:, 0] = 0
         coarse = tuple(max(math.ceil(s * self.bias_scale), 2) for s in size)
         bias = draws((), self.bias)[:, None, None] * normal(samples, coarse)
         gamma = (self.gamma * normal(samples)).exp()
@@ -238,6 +252,7 @@ class LabelsToImage:
     def _resamples(self) -> bool:
         return max(self.resolution[1], self.resolution_one_axis[1]) > 1
 
+    @torch.no_grad()
     def apply(self, labels: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
         """The image and the label map of a draw.
 
@@ -252,19 +267,19 @@ class LabelsToImage:
             UserError: The labels are not as :meth:`draw` wants them, or not as many as the draw has samples.
         """
         labels = self.deform(labels, draw)
-        return self.intensities(labels, draw), labels
+        return _each(self._intensities, labels, draw, torch.float32)[:, None], labels
 
     @torch.no_grad()
     def deform(self, labels: Tensor, draw: Draw) -> Tensor:
         """Deformed label maps (B, H, W); arguments and errors as :meth:`apply`."""
         self._check(labels, draw)
-        return _each(self._deform, labels, draw)
+        return _each(self._deform, labels, draw, torch.int64)
 
     @torch.no_grad()
     def intensities(self, labels: Tensor, draw: Draw) -> Tensor:
         """Images (B, 1, H, W) of label maps that are deformed already; arguments and errors as :meth:`apply`."""
         self._check(labels, draw)
-        return _each(self._intensities, labels, draw)[:, None]
+        return _each(self._intensities, labels, draw, torch.float32)[:, None]
 
     def _deform(self, labels: Tensor, draw: Draw) -> Tensor:
         size = labels.shape[1:]
@@ -281,7 +296,8 @@ class LabelsToImage:
         return nearest(labels, sampling_positions(affine, flow))
 
     def _intensities(self, labels: Tensor, draw: Draw) -> Tensor:
-        image = self._mixture(labels, draw)  # (B, H, W), as everything below
+        pixels = pixel_generators(draw.seed, labels.device)
+        image = self._mixture(labels, draw, pixels)  # (B, H, W), as everything below
         if self.bias != OFF:
             image = image.mul_(_bias_field(draw.bias, image.shape[1:]).exp_())
         image = image.clamp_(0, self.clip)
@@ -290,32 +306,40 @@ class LabelsToImage:
             image = image.pow_(draw.gamma[:, None, None])
         image = self._resample(image, draw)
         if self.noise != OFF:
-            noise = white_noise(draw.seed + 1, image.shape[1:], image.device)
+            noise = normal(pixels, image.shape[1:])
             image = image.add_(noise.mul_(draw.noise[:, None, None]))
         if self.quantiles is not None:
             image = _stretch(image, *self._quantiles(image, labels))
         return image.clamp_(0, 1)
 
-    def _mixture(self, labels: Tensor, draw: Draw) -> Tensor:
-        noise = white_noise(draw.seed, labels.shape[1:], labels.device)
-        if self.texture_fwhm != OFF:
-            first = 0 if self.fill_background else 1
-            shift = (draw.texture_shift * noise.new_tensor(noise.shape[1:])).floor()
-            smooth = textures(noise, draw.texture_sd[:, first:], shift[:, first:])
-            pixel = torch.arange(noise[0].numel(), device=noise.device).reshape(noise.shape[1:])
-            noise = pick(smooth.flatten(1), (labels - first).clamp_min_(0).mul_(pixel.numel()).add_(pixel))
-        return pick(draw.mean, labels).addcmul_(pick(draw.sd, labels), noise)
+    def _mixture(self, labels: Tensor, draw: Draw, pixels: list[torch.Generator]) -> Tensor:
+        """Gaussian mixture, the noise smoothed within each class if that stage is on."""
+        noise = normal(pixels, labels.shape[1:])
+        if self.texture_fwhm == OFF:
+            return pick(draw.mean, labels).addcmul_(pick(draw.sd, labels), noise)
+        filled = slice(None if self.fill_background else 1, None)
+        shift = (draw.texture_shift * noise.new_tensor(noise.shape[1:])).floor()
+        textures = smooth_textures(noise, draw.texture_sd[:, filled], shift[:, filled])
+        sds, means = (table[:, filled, None, None].unbind(1) for table in (draw.sd, draw.mean))
+        planes = [t.mul_(sd).add_(mean) for t, sd, mean in zip(textures, sds, means, strict=True)]
+        if not self.fill_background:
+            planes.insert(0, torch.zeros_like(noise))
+        return torch.stack(planes, 1).gather(1, labels[:, None])[:, 0]
 
     def _resample(self, image: Tensor, draw: Draw) -> Tensor:
         if not self._resamples and self.blur_fwhm == OFF:
             return image
-        matrices = [
-            resampling_matrix(draw.blur_sd[:, axis], draw.resolution[:, axis], image.shape[1 + axis])
-            if self._resamples
-            else smoothing_matrix(draw.blur_sd[:, axis], image.shape[1 + axis])
-            for axis in (0, 1)
-        ]
-        return matrices[0] @ image @ matrices[1].mT
+        for axis in (1, 0):
+            sd, factor, size = draw.blur_sd[:, axis], draw.resolution[:, axis], image.shape[1 + axis]
+            if self._resamples:
+                matrix, reach = resampling_matrix(sd, factor, size), size
+            else:
+                matrix, reach = smoothing_matrix(sd, size), math.ceil(6 * self.blur_fwhm[1] / FWHM) + 2
+            if axis == 1:
+                image = multiply_banded(matrix, image.mT, reach).mT
+            else:
+                image = multiply_banded(matrix, image, reach)
+        return image
 
     def _quantiles(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Intensities to become 0 and 1, (B,) each.
@@ -323,12 +347,13 @@ class LabelsToImage:
         The upper one is exceeded by as many pixels as are in the tail of those that have a Gaussian.
         """
         assert self.quantiles is not None
-        pixels = image.flatten(1)
-        last = pixels.shape[1] - 1
-        low = pixels.kthvalue(1 + int(self.quantiles[0] * last), dim=1).values
+        stride = max(math.isqrt(image[0].numel() // QUANTILE_PIXELS), 1)
+        pixels = image[:, ::stride, ::stride].flatten(1)
+        count = pixels.shape[1]
+        low = pixels.kthvalue(1 + int(self.quantiles[0] * (count - 1)), dim=1).values
         tail = 1 - self.quantiles[1]
-        largest = pixels.topk(1 + int(tail * last), dim=1).values  # (B, N), falling
-        drawn = last + 1 if self.fill_background else labels.count_nonzero((1, 2))
+        largest = pixels.topk(1 + int(tail * (count - 1)), dim=1).values  # (B, N), falling
+        drawn = labels[:, ::stride, ::stride].count_nonzero((1, 2)) if not self.fill_background else count
         rank = (drawn * torch.full_like(low, tail)).long().clamp_max(largest.shape[1] - 1)
         return low, largest.gather(1, rank[:, None])[:, 0]
 
@@ -347,14 +372,17 @@ class LabelsToImage:
             )
 
 
-def _each(function, labels: Tensor, draw: Draw) -> Tensor:  # type: ignore[no-untyped-def]
+def _each(function: Callable[[Tensor, Draw], Tensor], labels: Tensor, draw: Draw, dtype: torch.dtype) -> Tensor:
     """Apply to the batch as a whole, on a CPU sample by sample.
 
     One sample's fields stay in the CPU's cache, a batch's do not; and its bits then do not depend on its batch.
     """
     if labels.device.type != "cpu":
         return function(labels, draw)
-    return torch.cat([function(labels[i : i + 1], draw[i]) for i in range(len(labels))])
+    result = torch.empty(labels.shape, dtype=dtype)
+    for i in range(len(labels)):
+        result[i : i + 1] = function(labels[i : i + 1], draw[i])
+    return result
 
 
 def _bias_field(controls: Tensor, size: torch.Size) -> Tensor:

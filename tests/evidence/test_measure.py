@@ -1,9 +1,11 @@
 import json
 import multiprocessing
 import os
+import pty
 import random
 import signal
 import subprocess
+import termios
 import time
 from pathlib import Path
 
@@ -95,7 +97,7 @@ def test_a_cell_whose_process_is_killed_is_taken_over_by_the_one_that_waits(chec
     assert checkout.count("begin") == 1, "the second did not wait"
     first.kill()
     first.communicate()
-    output, error = second.communicate(timeout=60)
+    _output, error = second.communicate(timeout=60)
     assert (second.returncode, error) == (0, "")
     assert checkout.count("begin") == 2
     assert list(checkout.values()) == ["plain 0"]
@@ -103,7 +105,7 @@ def test_a_cell_whose_process_is_killed_is_taken_over_by_the_one_that_waits(chec
 
 def test_jobs_run_side_by_side_share_the_cores_and_build_an_artefact_once(checkout, uninterrupted):
     checkout.profile(steps=30, pause=0.01)
-    output, error = checkout.cli(*CPU, "--jobs", "2")
+    _output, error = checkout.cli(*CPU, "--jobs", "2")
     assert error == ""
     assert checkout.values() == uninterrupted
     begun = [words for words in checkout.log() if words[0] == "begin"]
@@ -117,7 +119,7 @@ def test_jobs_run_side_by_side_share_the_cores_and_build_an_artefact_once(checko
 def test_a_cell_that_raises_shows_its_traceback_once_and_the_others_are_measured(checkout):
     checkout.profile(methods=["plain", "broken", "fanciful"], seeds=[0])
     for jobs in ("1", "2"):
-        output, error = checkout.cli(*CPU, "--jobs", jobs, status=1)
+        _output, error = checkout.cli(*CPU, "--jobs", jobs, status=1)
         assert error.count("Traceback") == 1
         assert error.count("RuntimeError: the broken arm broke") == 1
         assert "1 of" in error.splitlines()[-1]
@@ -131,7 +133,7 @@ def test_ctrl_c_stops_cleanly(checkout, jobs):
     process = checkout.start_cli(*CPU, "--jobs", jobs)
     wait_until(lambda: checkout.count("step") > 3)
     process.send_signal(signal.SIGINT)
-    output, error = process.communicate(timeout=20)
+    _output, error = process.communicate(timeout=20)
     assert process.returncode == 130
     assert error == "synthrepro: interrupted; run the same command again, it goes on where it stopped.\n"
     workers = {int(words[-1]) for words in checkout.log()}
@@ -144,7 +146,7 @@ def test_a_dead_worker_is_one_clear_error(checkout):
     process = checkout.start_cli(*CPU, "--jobs", "2")
     wait_until(lambda: checkout.count("step") > 3)
     os.kill(int(checkout.log()[-1][-1]), signal.SIGKILL)
-    output, error = process.communicate(timeout=20)
+    _output, error = process.communicate(timeout=20)
     assert process.returncode == 1
     assert error.startswith("synthrepro: A worker process died")
     assert error.count("\n") == 1
@@ -218,6 +220,16 @@ def test_other_code_does_not_carry_on_a_checkpoint(checkout, uninterrupted):
     assert [path.suffix for path in checkout.runs.iterdir()] == [".json"], "the old checkpoint is still there"
 
 
+def test_what_a_process_killed_after_its_record_left_behind_is_removed(checkout):
+    checkout.cli(*CPU)
+    record = next(checkout.runs.glob("plain*seed=0*.json"))
+    record.with_suffix(".lock").touch()
+    record.with_suffix(".0ddc0de0").mkdir()
+    checkout.cli(*CPU)
+    assert {path.suffix for path in checkout.runs.iterdir()} == {".json"}
+    assert checkout.count("begin") == 4
+
+
 def test_a_torn_file_is_named_left_out_and_measured_again(checkout):
     checkout.cli(*CPU)
     torn = next(checkout.runs.glob("plain*seed=0*.json"))
@@ -230,6 +242,22 @@ def test_a_torn_file_is_named_left_out_and_measured_again(checkout):
     assert checkout.count("begin") == 5
     (checkout.runs / "foreign.json").unlink()
     assert checkout.values() == whole
+
+
+def test_progress_is_shown_on_a_terminal(checkout):
+    checkout.profile(steps=3, pause=0.2, methods=["plain"], seeds=[0])
+    terminal, end = pty.openpty()
+    termios.tcsetwinsize(end, (24, 80))
+    with checkout.start(
+        "-c", "import sys; from synthrepro.cli import main; sys.exit(main())", *CPU, stderr=end
+    ) as process:
+        output, _ = process.communicate(timeout=60)
+    os.close(end)
+    shown = os.read(terminal, 10000).decode()
+    os.close(terminal)
+    assert "cells: 100%" in shown
+    assert "1/1" in shown
+    assert "cells" not in output
 
 
 def test_measuring_needs_neither_jupyter_nor_torch(checkout):
@@ -250,6 +278,13 @@ def test_without_dask_the_scheduler_option_says_what_to_install(checkout):
     )
     output, error = checkout.start("-c", code).communicate(timeout=60)
     assert output == "--scheduler needs Dask; install it with: pip install 'synthrepro[cluster]'.\n", error
+
+
+def test_a_scheduler_that_does_not_answer_is_one_sentence(checkout):
+    pytest.importorskip("distributed")
+    _, error = checkout.cli(*CPU, "--scheduler", "tpc://127.0.0.1:1", status=1)
+    assert error.startswith("synthrepro: No Dask scheduler answers at tpc://127.0.0.1:1: ")
+    assert error.count("\n") == 1
 
 
 def test_a_dask_cluster_measures_the_cells(checkout):

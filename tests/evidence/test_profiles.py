@@ -54,7 +54,8 @@ def test_profiles_have_four_names(checkout):
 
 def test_a_file_that_is_no_yaml_or_is_missing_is_named(checkout):
     assert refuse(checkout, "cpu: {").startswith(f"{FILE} is no valid YAML")
-    assert refuse(checkout, "- cpu").startswith(f"{FILE} must map profiles")
+    assert refuse(checkout, "- cpu").startswith(f"{FILE} must map each profile")
+    assert refuse(checkout, "cpu: 3").startswith(f"{FILE} must map each profile")
     checkout.profiles.unlink()
     _, error = checkout.cli("measure", "toy", "--profile", "cpu", status=1)
     assert error.startswith(f"synthrepro: {FILE} is missing")

@@ -166,7 +166,7 @@ def test_a_record_says_where_it_comes_from(checkout):
     assert provenance["torch"] == torch.__version__.partition("+")[0]
     assert provenance["device"]
     assert 0 < provenance["seconds"] < 10
-    assert 10 < provenance["peak_memory"] < 500
+    assert 10 < provenance["peak_memory"] < 200
     assert provenance["started"].endswith("+00:00")
     assert provenance["commit"] is None
 

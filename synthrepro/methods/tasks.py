@@ -1,0 +1,153 @@
+"""The tasks, and how they earned their place: an admission card, measured before any method runs on a task.
+
+A task is admitted if neither position alone nor intensity alone solves it, if it can be solved in every contrast by a
+network trained there, if few labels cost something, and if a change of contrast costs something.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from synthrepro.data import Split, Task, load_task
+from synthrepro.evidence import Cell, Config, Context, Experiment, Result
+from synthrepro.metrics import dice
+from synthrepro.models import unet
+from synthrepro.training import seeded, segment, soft_dice_loss, stream
+
+
+class Admission(Config):
+    """Configuration of `admission`.
+
+    Attributes:
+        size, spacing, subjects, slices: options of the task; the training individuals are those of the oracle.
+        steps, batch, lr: of every training; the rate rises to `lr` and falls to zero along one cycle.
+        checks: how often the Dice on the validation split is taken; the best state is kept.
+        contrasts: oracles to train, the task's own contrast first.
+        labelled: numbers of labelled individuals of the learning curve, below all.
+    """
+
+    size: tuple[int, int]
+    spacing: float
+    subjects: tuple[int, int, int]
+    slices: int
+    steps: int
+    batch: int
+    lr: float
+    checks: int
+    contrasts: tuple[str, ...] = Field(exclude=True)
+    labelled: tuple[int, ...] = Field(exclude=True)
+    seeds: int = Field(exclude=True)
+
+
+class Position(nn.Module):
+    """A table of logits, one entry a pixel: all that can be known without looking at the image."""
+
+    def __init__(self, classes: int, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(classes, *size))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.logits.expand(len(images), -1, -1, -1)
+
+
+def intensity_only(channels: int, classes: int) -> nn.Module:
+    """A perceptron applied to each pixel by itself."""
+    layers: list[nn.Module] = [nn.Conv2d(channels, 32, 1), nn.ELU(), nn.Conv2d(32, 32, 1), nn.ELU()]
+    return nn.Sequential(*layers, nn.Conv2d(32, classes, 1))
+
+
+def scored(network: nn.Module, split: Split, classes: int, device: torch.device) -> Tensor:
+    """Dice of each foreground class in each image, (N, classes - 1); NaN where an image lacks the class."""
+    return dice(segment(network, split.images.to(device)).cpu(), split.labels, classes)
+
+
+def by_individual(scores: Tensor, split: Split, name: str) -> list[dict[str, Any]]:
+    """Mean of an individual's scores over its slices and the classes, as a record's cases."""
+    rows = {person: [i for i, each in enumerate(split.subjects) if each == person] for person in split.individuals}
+    return [
+        {"subject": person, "split": name, "dice": round(float(scores[i].nanmean()), 5)} for person, i in rows.items()
+    ]
+
+
+def train(network: nn.Module, task: Task, labelled: Split, config: Admission, seed: int, context: Context) -> None:
+    """Train on the labelled images with soft Dice, and leave the network as it was at its best validation Dice."""
+    device, classes = context.device, len(task.classes)
+    images, labels = labelled.images.to(device), labelled.labels.to(device)
+    optimiser = torch.optim.Adam(network.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, config.lr, total_steps=config.steps)
+    draws = stream(seed, "batches")
+    best, state = -1.0, network.state_dict()
+    for step in context.progress(range(1, config.steps + 1), "training"):
+        rows = torch.randint(len(labelled), (config.batch,), generator=draws).to(device)
+        optimiser.zero_grad()
+        soft_dice_loss(network(images[rows]), labels[rows]).backward()
+        optimiser.step()
+        schedule.step()
+        if step % (config.steps // config.checks) == 0:
+            score = float(scored(network, task.splits["validation"], classes, device).nanmean())
+            if score > best:
+                best, state = score, {name: value.clone() for name, value in network.state_dict().items()}
+    network.load_state_dict(state)
+
+
+def cells(config: Admission) -> list[Cell]:
+    """The trivial predictors and the oracle first, then the oracles of other contrasts, then the learning curve."""
+    own, *others = config.contrasts
+    arms = [(method, own, "all") for method in ("position", "intensity", "network")]
+    arms += [("network", contrast, "all") for contrast in others]
+    arms += [("network", own, str(n)) for n in config.labelled]
+    return [
+        Cell(method, "brain-mni", seed, {"contrast": contrast, "labelled": labelled})
+        for method, contrast, labelled in arms
+        for seed in range(config.seeds)
+    ]
+
+
+def run(cell: Cell, config: Admission, context: Context) -> Result:
+    """Train one predictor on one contrast, and score it on the test anatomies in every contrast.
+
+    A seed redraws the labelled individuals (those of a smaller number are among those of a larger one), the first
+    weights and the batches; the task stays.
+    """
+    contrast = str(cell.setting["contrast"])
+    options = config.model_dump(include={"size", "spacing", "subjects", "slices"})
+    task = context.data(load_task(cell.task, contrast=contrast, **options))
+    classes, everybody = len(task.classes), task.splits["train"].individuals
+    labelled = task.splits["train"]
+    if cell.setting["labelled"] != "all":
+        order = torch.randperm(len(everybody), generator=stream(cell.seed, "labelled")).tolist()
+        labelled = labelled.take([everybody[i] for i in order[: int(cell.setting["labelled"])]])
+    build: dict[str, Callable[[], nn.Module]] = {
+        "position": lambda: Position(classes, config.size),
+        "intensity": lambda: intensity_only(task.channels, classes),
+        "network": lambda: unet(task.channels, classes),
+    }
+    network = seeded(build[cell.method], stream(cell.seed, "weights")).to(context.device)
+    train(network, task, labelled, config, cell.seed, context)
+    scores = {
+        name: scored(network, split, classes, context.device) for name, split in task.splits.items() if name != "train"
+    }
+    cases = [
+        case
+        for name, values in scores.items()
+        if name != "validation"
+        for case in by_individual(values, task.splits[name], f"test-{contrast}" if name == "test" else name)
+    ]
+    metrics = {"dice": float(scores["test"].nanmean()), "dice_validation": float(scores["validation"].nanmean())}
+    per_class = zip(task.classes[1:], scores["test"].nanmean(0).tolist(), strict=True)
+    return Result(metrics | {f"dice_{name.lower()}": value for name, value in per_class}, cases)
+
+
+EXPERIMENTS = {
+    "admission": Experiment(
+        "admission",
+        "Is the task worth a method's trouble? Trivial predictors, oracles, domain shifts, learning curve",
+        Admission,
+        cells,
+        run,
+        lambda cell, config: config.steps,
+    )
+}
