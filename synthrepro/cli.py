@@ -16,8 +16,6 @@ from typing import Any
 from synthrepro import paths
 from synthrepro.errors import UserError
 
-PROFILES = ("smoke", "cpu", "gpu", "paper")
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and give its exit status: 0, or 1 with a sentence on standard error, or 130 after Ctrl-C."""
@@ -66,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         "The executed notebook goes to runs/CHAPTER/CHAPTER-PROFILE.ipynb, also where a cell fails.",
     )
     run.add_argument("chapter", metavar="CHAPTER")
-    run.add_argument("--profile", required=True, metavar="P", help=" | ".join(PROFILES))
+    run.add_argument("--profile", required=True, metavar="P", help="smoke | cpu | gpu | paper")
     run.add_argument(
         "-p",
         dest="parameters",
@@ -86,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     measure.add_argument("chapter", metavar="CHAPTER")
     measure.add_argument("experiment", metavar="EXPERIMENT", nargs="?", help="default: all of the chapter")
-    measure.add_argument("--profile", required=True, metavar="P", help=" | ".join(PROFILES))
+    measure.add_argument("--profile", required=True, metavar="P", help="smoke | cpu | gpu | paper")
     measure.add_argument("--seeds", type=_seeds, metavar="LIST", help="only these seeds of the profile: 0-4 or 0,2,5")
     places = measure.add_mutually_exclusive_group()
     places.add_argument("--jobs", type=_positive, default=1, metavar="N", help="cells side by side (default: 1)")
@@ -135,7 +133,7 @@ def _seeds(text: str) -> list[int]:
 
 def _chapters(options: argparse.Namespace) -> None:
     from synthrepro.evidence import chapters
-    from synthrepro.evidence.profiles import read_profiles
+    from synthrepro.evidence.profiles import PROFILES, read_profiles
 
     # From the profile files: importing five chapters takes half a minute.
     for name, title in chapters().items():

@@ -27,31 +27,42 @@ RUNS = BUILD / "runs"
 STAGE = BUILD / "stage"
 HTML = BUILD / "html"
 
-TIMEOUT = 900  # seconds a chapter may take before it counts as hanging; in smoke it takes about one minute
+TIMEOUT = 900  # seconds after which a notebook counts as hanging; in smoke it takes about one minute
 
 
 class Failure(Exception):
     """The book cannot be made; the message says why."""
 
 
-def execute(chapter: Path) -> Path:
-    """Run a chapter in the smoke profile and return the executed notebook.
+def execute(notebook: Path) -> Path:
+    """Run a notebook in the smoke profile and return the executed one.
+
+    Chapters with experiments go through `synthrepro run`, as a reader would run them; a page that only explains,
+    and so has no profile file, goes through papermill itself.
 
     Raises:
-        Failure: the chapter failed; its traceback is the message.
+        Failure: the notebook failed; its traceback is the message.
     """
-    name = chapter.stem
-    outcome = _run("synthrepro", "run", name, "--profile", "smoke", "--timeout", str(TIMEOUT))
+    from synthrepro.evidence import chapters
+
+    name = notebook.stem
+    executed = RUNS / name / f"{name}-smoke.ipynb"
+    if name in chapters():
+        outcome = _run("synthrepro", "run", name, "--profile", "smoke", "--timeout", str(TIMEOUT))
+    else:
+        executed.parent.mkdir(parents=True)
+        options = ("--kernel", "python3", "--no-progress-bar", "--execution-timeout", str(TIMEOUT))
+        outcome = _run("papermill", str(notebook), str(executed), "-p", "profile", "smoke", *options)
     if outcome.returncode:
-        raise Failure(f"chapter {name} failed.\n{outcome.stderr}")
-    return RUNS / name / f"{name}-smoke.ipynb"
+        raise Failure(f"notebooks/{name}.ipynb failed.\n{outcome.stderr}")
+    return executed
 
 
 def stage(executed: dict[str, Path]) -> None:
     """Lay out what Jupyter Book is to render: the pages, the chapters as just executed, and the claims' verdicts.
 
     Args:
-        executed: name of each chapter -> its executed notebook.
+        executed: name of each notebook -> the notebook as executed.
     """
     shutil.rmtree(STAGE, ignore_errors=True)
     shutil.copytree(ROOT / "book", STAGE / "book", ignore=shutil.ignore_patterns("records"))
@@ -134,10 +145,10 @@ def main() -> int:
     shutil.rmtree(RUNS, ignore_errors=True)
     executed = {}
     try:
-        for chapter in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
             begun = time.monotonic()
-            executed[chapter.stem] = execute(chapter)
-            print(f"{chapter.stem}: executed in {time.monotonic() - begun:.0f} s", flush=True)
+            executed[notebook.stem] = execute(notebook)
+            print(f"{notebook.stem}: executed in {time.monotonic() - begun:.0f} s", flush=True)
         stage(executed)
         render()
         expected = pages.pages_of_toc(ROOT / "_toc.yml")

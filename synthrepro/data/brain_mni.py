@@ -116,12 +116,14 @@ def read_template(folder: Path) -> Template:
 
 def _read(path: Path) -> np.ndarray:
     if not path.is_file():
-        raise UserError(f"brain-mni misses {path}: reinstall nilearn, which ships it.")
+        raise UserError(f"brain-mni misses {path}: nilearn ships it, run pip install --force-reinstall nilearn.")
     try:
         image = nib.load(path)
         data = np.asarray(image.dataobj, dtype=np.float32)  # type: ignore[attr-defined]
     except (OSError, EOFError, ValueError, ImageFileError, zlib.error) as error:
-        raise UserError(f"brain-mni cannot read {path} ({error}): reinstall nilearn, which ships it.") from error
+        raise UserError(
+            f"brain-mni cannot read {path} ({error}): nilearn ships it, run pip install --force-reinstall nilearn."
+        ) from error
     if data.shape != SHAPE:
         raise UserError(f"brain-mni needs maps of {SHAPE} voxels of 1 mm, but {path} has {data.shape}.")
     if not np.allclose(image.affine, from_matvec(np.eye(3), ORIGIN)):  # type: ignore[attr-defined]

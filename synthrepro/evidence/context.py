@@ -34,7 +34,7 @@ class Context:
         folder: Path,
         builders: Mapping[str, Callable[[dict[str, Any], Path, "Context"], None]] | None = None,
         shared: Path | None = None,
-        code: str = "",
+        codes: Mapping[str, str] | None = None,
     ) -> None:
         """A context by hand, as tests use it, needs `folder` only.
 
@@ -42,14 +42,14 @@ class Context:
             folder: where `save` and `load` look; made if missing.
             builders: the experiment's artefacts.
             shared: where artefacts stand; `folder` if not given.
-            code: fingerprint of the code, part of an artefact's address.
+            codes: fingerprints of the builders' code, part of an artefact's address.
         """
         self.folder = folder
         self.artefacts: list[str] = []
         self.data_hashes: dict[str, str] = {}
         self._builders = builders or {}
         self._shared = shared or folder
-        self._code = code
+        self._codes = codes or {}
         self._started = self._saved = time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
         clock = folder / "seconds"
@@ -109,7 +109,7 @@ class Context:
     def artefact(self, name: str, spec: dict[str, Any]) -> Path:
         """Folder of what several cells share, built here if nobody has built it yet.
 
-        Its address is the hash of its name, of `spec` and of the code. One process builds, the others wait; a killed
+        Its address is the hash of its name, of `spec` and of its builder's code. One process builds, the others wait; a killed
         build is begun again by whoever needs it next and finds the checkpoints of its context.
 
         Args:
@@ -119,14 +119,14 @@ class Context:
         Raises:
             KeyError: the experiment has no such artefact.
         """
-        address = f"{name}-{files.digest([name, spec, self._code])[:16]}"
+        address = f"{name}-{files.digest([name, spec, self._codes.get(name)])[:16]}"
         target = self._shared / address
         with files.lock(self._shared / f"{address}.lock", wait=True):
             if not target.exists():
                 scratch, partial = self._shared / f"{address}.scratch", self._shared / f"{address}.partial"
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir()
-                context = Context(scratch, self._builders, self._shared, self._code)
+                context = Context(scratch, self._builders, self._shared, self._codes)
                 self._builders[name](spec, partial, context)
                 files.write(partial / "spec.json", lambda path: path.write_text(json.dumps(spec)))
                 partial.rename(target)

@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -31,7 +31,7 @@ from synthrepro.evidence import files
 from synthrepro.evidence.context import Context
 from synthrepro.evidence.experiments import Cell, Experiment, load_chapter
 from synthrepro.evidence.profiles import load_profile
-from synthrepro.evidence.records import Provenance, Record, code_of, read, record_key, records, to_json
+from synthrepro.evidence.records import Provenance, Record, code_of, from_json, read, record_key, records, to_json
 
 POLL_SECONDS = 0.5
 
@@ -87,7 +87,7 @@ def measure(
     experiment: str | None = None,
     profile: str = "smoke",
     *,
-    seeds: Iterable[int] | None = None,
+    seeds: Collection[int] | None = None,
     jobs: int = 1,
     scheduler: str | None = None,
     stale: bool = False,
@@ -124,7 +124,7 @@ def measure(
         if job.settled(record) and (job.lock.exists() or any(job.scratches())):
             _tidy(job)
     if missing:
-        with _executor(jobs, scheduler) as (executor, width):
+        with _executor(min(jobs, len(missing)), scheduler) as (executor, width):
             _work_off(missing, executor, width)
         todo = plan(chapter, experiment, profile, seeds=seeds, stale=stale)
     return [record for _, record in todo if record]
@@ -135,7 +135,7 @@ def plan(
     experiment: str | None,
     profile: str,
     *,
-    seeds: Iterable[int] | None = None,
+    seeds: Collection[int] | None = None,
     stale: bool = False,
 ) -> list[tuple[Job, Record | None]]:
     """Every cell that is asked for, in order of priority, with its record if it has one.
@@ -145,7 +145,8 @@ def plan(
         ValueError: the experiment lists a cell twice.
     """
     experiments = load_chapter(chapter)
-    _code_when_loaded(chapter)
+    for name in experiments:
+        _codes_when_loaded(chapter, name)
     configs = load_profile(chapter, profile)
     if experiment is not None and experiment not in experiments:
         raise UserError(f"Chapter {chapter} has no experiment {experiment!r}; it has {', '.join(experiments)}.")
@@ -175,9 +176,14 @@ def _listing(seeds: set[int]) -> str:
 
 
 @cache
-def _code_when_loaded(chapter: str) -> str:
-    """Fingerprint of the code this process computes with: sources edited later make its records stale at once."""
-    return code_of(chapter)
+def _codes_when_loaded(chapter: str, experiment: str) -> tuple[str, dict[str, str]]:
+    """Fingerprints of the code this process computes with, the experiment's and its artefacts' builders'.
+
+    Taken once, right after the import: sources edited later make this process's records stale at once.
+    """
+    builders = load_chapter(chapter)[experiment].artefacts
+    codes = {name: code_of(chapter, builder.__name__) for name, builder in builders.items()}
+    return code_of(chapter, experiment), codes
 
 
 def forecast(todo: list[tuple[Job, Record | None]], jobs: int = 1) -> str:
@@ -256,7 +262,7 @@ def _work_off(jobs: list[Job], executor: concurrent.futures.Executor, width: int
 def attempt(job: Job) -> Outcome:
     """Measure one cell, unless it has a record by now or another process is at it."""
     experiment = load_chapter(job.chapter)[job.experiment]
-    code = _code_when_loaded(job.chapter)
+    code, codes = _codes_when_loaded(job.chapter, job.experiment)
     with files.lock(job.lock, wait=False) as mine:
         if not mine:
             return Outcome()
@@ -264,7 +270,7 @@ def attempt(job: Job) -> Outcome:
         if not job.settled(record):
             # Code is part of the name: a checkpoint must not be carried on by other code than began it.
             scratch = job.path.with_suffix(f".{code[:8]}")
-            context = Context(scratch, experiment.artefacts, paths.RUNS / job.chapter / "artefacts", code)
+            context = Context(scratch, experiment.artefacts, paths.RUNS / job.chapter / "artefacts", codes)
             try:
                 record = _measured(job, experiment, context, code)
                 _keep(record, job.path)
@@ -302,7 +308,7 @@ def _measured(job: Job, experiment: Experiment, context: Context, code: str) -> 
         peak_memory=_peak_memory(),
         started=started,
     )
-    return Record(
+    record = Record(
         chapter=job.chapter,
         experiment=job.experiment,
         profile=job.profile,
@@ -314,6 +320,7 @@ def _measured(job: Job, experiment: Experiment, context: Context, code: str) -> 
         artefacts=context.artefacts,
         provenance=provenance,
     )
+    return from_json(to_json(record))  # as every reader will see it, and proof that it can be read
 
 
 def _keep(record: Record, path: Path) -> None:

@@ -77,7 +77,8 @@ def _sentence(problem: Any, config: type[BaseModel]) -> str:
     if problem["type"] == "missing":
         return f"key {key!r} is missing"
     if problem["type"] == "extra_forbidden":
-        return f"key {key!r} is unknown (known: {', '.join(config.model_fields)})"
+        known = f" (known: {', '.join(config.model_fields)})" if len(problem["loc"]) == 1 else ""
+        return f"key {key!r} is unknown{known}"
     where = f"key {key!r}: " if key else ""
     return f"{where}{problem['msg'].rstrip('.')}, not {problem['input']!r}"
 

@@ -127,9 +127,9 @@ def _with_nan(value: Any) -> Any:
     return math.nan if value is None else value
 
 
-def code_of(chapter: str) -> str:
-    """The chapter's code fingerprint as the sources now stand."""
-    return fingerprint(f"synthrepro.methods.{chapter}", paths.PACKAGE)
+def code_of(chapter: str, name: str) -> str:
+    """The code fingerprint of an experiment, or of a function, of a chapter as the sources now stand."""
+    return fingerprint(f"synthrepro.methods.{chapter}", paths.PACKAGE, name)
 
 
 def read(path: Path, code: str) -> Record | None:
@@ -155,7 +155,7 @@ def records(chapter: str, experiment: str, profile: str | None = None) -> list[R
     """
     if chapter not in (known := chapters()):
         raise UserError(f"There is no chapter {chapter!r}; the chapters are {', '.join(known) or 'none yet'}.")
-    code = code_of(chapter)
+    code = code_of(chapter, experiment)
     measured = (read(path, code) for path in sorted((paths.RUNS / chapter / experiment).glob("*.json")))
     best: dict[str, Record] = {}
     for record in [*_committed(_published(chapter, experiment), code), *filter(None, measured)]:

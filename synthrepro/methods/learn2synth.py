@@ -31,12 +31,8 @@ from synthrepro.models import unet
 from synthrepro.synthesis import GaussianNoise, IntensityNonUniformity, LabelsToImage, Nonparametric, Parametric
 from synthrepro.training import LOSSES, seeded, segment, stream
 
+Augmenter = GaussianNoise | Parametric | Nonparametric
 Pairs = Callable[[int], tuple[Tensor, Tensor]]  # step -> images (B, 1, H, W) and label maps (B, H, W)
-
-
-def generator(task: Task, anatomy: "Anatomy") -> LabelsToImage:
-    """Learn2Synth's generator, its blur and textures as wide in mm as the authors'."""
-    return LabelsToImage.learn2synth(len(task.classes), spacing=anatomy.spacing)
 
 
 class Settings(Config):
@@ -50,6 +46,7 @@ class Settings(Config):
     update: Literal["adam", "sgd"]  # the inner step
     lr: float  # of the segmentation network
     hyper_lr: float  # of the augmenter, decaying to zero as a cosine
+    every: int  # the augmenter steps once in so many steps of the network (1 in the paper; 1 + 2.7 / every plain steps)
     alpha: float  # weight of the loss on real images (1 in the README, 12 in an older script)
     estimator: Literal["exact", "finite_difference"]
 
@@ -63,6 +60,11 @@ class Anatomy(Config):
     slices: int  # a subject
 
 
+def generator(task: Task, anatomy: Anatomy) -> LabelsToImage:
+    """Learn2Synth's generator, its blur and textures as wide in mm as the authors'."""
+    return LabelsToImage.learn2synth(len(task.classes), spacing=anatomy.spacing)
+
+
 def inner_update(settings: Settings) -> Update:
     """The step of the segmentation network that hypergradients go through."""
     return adam(settings.lr) if settings.update == "adam" else sgd(settings.lr, momentum=0.9)
@@ -70,7 +72,7 @@ def inner_update(settings: Settings) -> Update:
 
 def learn2synth_step(
     network: nn.Module,
-    augmenter: nn.Module,
+    augmenter: Augmenter,
     phi: dict[str, Tensor],
     theta: dict[str, Tensor],
     synthetic: tuple[Tensor, Tensor, Any],
@@ -103,9 +105,29 @@ def learn2synth_step(
     return hypergradient(inner_loss, outer_loss, phi, theta, inner_update(settings), state, settings.estimator)
 
 
+def plain_step(
+    network: nn.Module,
+    augmenter: Augmenter,
+    phi: dict[str, Tensor],
+    synthetic: tuple[Tensor, Tensor, Any],
+    settings: Settings,
+    state: dict[str, Any] | None,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The training step of :func:`learn2synth_step` without the hypergradient: parameters and state after it."""
+    x, y, draw = synthetic
+    update = inner_update(settings)
+    phi = {name: p.detach().requires_grad_() for name, p in phi.items()}
+    with torch.no_grad():
+        x = augmenter(x, draw)
+    loss = LOSSES[settings.loss](stateless(network.train(), phi, x), y)
+    gradients = dict(zip(phi, torch.autograd.grad(loss, list(phi.values())), strict=True))
+    with torch.no_grad():
+        return update.step(phi, gradients, update.init(phi) if state is None else state)
+
+
 def learn2synth(
     network: nn.Module,
-    augmenter: nn.Module,
+    augmenter: Augmenter,
     synthetic: Pairs,
     real: Pairs,
     settings: Settings,
@@ -123,12 +145,12 @@ def learn2synth(
         context: For progress and checkpoints; a killed run goes on from the last one.
 
     Returns:
-        A dictionary a step: both losses and every scalar of the augmenter.
+        A dictionary a step of the augmenter: both losses and every scalar of the augmenter.
     """
     phi = {name: p.detach().clone() for name, p in network.named_parameters()}
-    theta = dict(augmenter.named_parameters())
+    theta: dict[str, Tensor] = dict(augmenter.named_parameters())
     optimiser = torch.optim.Adam(theta.values(), settings.hyper_lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, settings.steps)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, settings.steps // settings.every)
     state, trail = None, []
     if saved := context.load("learn2synth"):
         phi, state = _to(saved["phi"], context.device), _to(saved["state"], context.device)
@@ -136,9 +158,12 @@ def learn2synth(
         augmenter.load_state_dict(saved["augmenter"])
         optimiser.load_state_dict(saved["optimiser"])
         schedule.load_state_dict(saved["schedule"])
-    for i in context.progress(range(len(trail), settings.steps), "learn2synth"):
+    for i in context.progress(range(len(trail) * settings.every, settings.steps), "learn2synth"):
         x, y = synthetic(i)
         draw = augmenter.draw(x, stream(seed, f"augmentation {i}"))
+        if (i + 1) % settings.every:
+            phi, state = plain_step(network, augmenter, phi, (x, y, draw), settings, state)
+            continue
         step = learn2synth_step(network, augmenter, phi, theta, (x, y, draw), real(i), settings, state)
         phi, state = step.params, step.state
         for name, p in theta.items():
@@ -147,9 +172,9 @@ def learn2synth(
         schedule.step()
         trail.append({"synthetic": step.inner_loss, "real": step.outer_loss} | scalars(augmenter))
         if context.checkpoint_due():
-            parts = {"augmenter": augmenter, "optimiser": optimiser, "schedule": schedule}
-            states = {name: part.state_dict() for name, part in parts.items()}
-            context.save("learn2synth", {"phi": phi, "state": state, "trail": trail} | states)
+            saved = {"phi": phi, "state": state, "trail": trail, "augmenter": augmenter.state_dict()}
+            saved |= {"optimiser": optimiser.state_dict(), "schedule": schedule.state_dict()}
+            context.save("learn2synth", saved)
     network.load_state_dict(phi, strict=False)
     return [{name: float(value) for name, value in point.items()} for point in trail]
 
@@ -160,7 +185,7 @@ def fit(
     settings: Settings,
     seed: int,
     context: Context,
-    augmenter: nn.Module | None = None,
+    augmenter: Augmenter | None = None,
 ) -> None:
     """Train a network in place by ordinary steps, on images as they come or through a fixed augmenter."""
     loss = LOSSES[settings.loss]
@@ -220,7 +245,7 @@ def exponent_values(preset: str) -> tuple[float, ...]:
     return tuple(float(value) for value in preset.split("/"))
 
 
-def degrader(noise: str, exponents: str | None = None) -> nn.Module:
+def degrader(noise: str, exponents: str | None = None) -> Augmenter:
     """The augmenter, with its parameters set, that turns clean synthetic images into targets.
 
     The field multiplies an image already normalised to [0, 1]; noise is added last; nothing is clipped or normalised
@@ -258,14 +283,14 @@ class Halves:
         draws = stream(self.seed, f"synthesis {step}")
         return self.synthesis(self.labels[self._pick(self.labels, draws)], draws)
 
-    def target(self, degrade: nn.Module) -> Pairs:
+    def target(self, degrade: Augmenter) -> Pairs:
         """ "Real" pairs that are synthetic images of the other half's label maps, degraded in a known way."""
 
         def pairs(step: int) -> tuple[Tensor, Tensor]:
             draws = stream(self.seed, f"target {step}")
             x, y = self.synthesis(self.real_labels[self._pick(self.real_labels, draws)], draws)
             with torch.no_grad():
-                return degrade(x, degrade.draw(x, draws)), y  # type: ignore[operator]
+                return degrade(x, degrade.draw(x, draws)), y
 
         return pairs
 
@@ -275,12 +300,12 @@ class Halves:
         return self.real_images[rows], self.real_labels[rows]
 
 
-def target_set(task: Task, synthesis: LabelsToImage, degrade: nn.Module, device: torch.device) -> tuple[Tensor, Tensor]:
+def target_set(task: Task, synthesis: LabelsToImage, degrade: Augmenter, device: torch.device) -> tuple[Tensor, Tensor]:
     """One degraded synthetic image of each test label map: the same for every arm and seed."""
     draws = stream(0, "test")
     with torch.no_grad():
         x, y = synthesis(task.splits["test"].labels.to(device), draws)
-        return degrade(x, degrade.draw(x, draws)), y  # type: ignore[operator]
+        return degrade(x, degrade.draw(x, draws)), y
 
 
 def network_for(task: Task, settings: Settings, seed: int, device: torch.device) -> nn.Module:
@@ -339,10 +364,11 @@ def noise_recovery_run(cell: Cell, config: NoiseRecovery, context: Context) -> R
     start = stream(cell.seed, "augmenter")
     noise = str(cell.setting.get("noise", config.bias_noise))
     degrade = degrader(noise, cell.setting.get("exponents")).to(device)  # type: ignore[arg-type]
-    augmenter: nn.Module = GaussianNoise("range" if cell.method == "range" else "fixed", generator=start)
+    noise_model = GaussianNoise("range" if cell.method == "range" else "fixed", generator=start)
+    augmenter: Augmenter = noise_model
     if cell.method == "bias":
         first = STARTS[str(cell.setting["start"])]
-        augmenter = Parametric(IntensityNonUniformity(exponents=(first, first, first)), augmenter)
+        augmenter = Parametric(IntensityNonUniformity(exponents=(first, first, first)), noise_model)
     augmenter = augmenter.to(device)
 
     network = network_for(task, config, cell.seed, device)
@@ -513,7 +539,7 @@ def exponents_from_images_run(cell: Cell, config: ExponentsFromImages, context: 
         x, y = generator(task, config.anatomy)(labels[rows], draws)
         degrade = degrader(config.bias_noise, exponents)
         with torch.no_grad():
-            x = degrade(x, degrade.draw(x, draws))  # type: ignore[operator]
+            x = degrade(x, degrade.draw(x, draws))
         return field_energies(x, y, classes).mean(0).numpy()
 
     names = ("low", "mid", "high")
@@ -563,7 +589,7 @@ def in_domain_run(cell: Cell, config: InDomain, context: Context) -> Result:
     halves = Halves(task, synthesis, config.batch, cell.seed, device)
     metrics: dict[str, Any] = {}
     start = stream(cell.seed, "augmenter")
-    augmenters: dict[str, Callable[[], nn.Module]] = {
+    augmenters: dict[str, Callable[[], Augmenter]] = {
         "learn2synth-parametric": lambda: Parametric(
             IntensityNonUniformity(generator=start), GaussianNoise("fixed", generator=start)
         ),

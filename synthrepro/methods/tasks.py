@@ -4,7 +4,8 @@ A task is admitted if neither position alone nor intensity alone solves it, if i
 network trained there, if few labels cost something, and if a change of contrast costs something.
 """
 
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from synthrepro.data import Split, Task, load_task
-from synthrepro.evidence import Cell, Config, Context, Experiment, Result
+from synthrepro.evidence import Cell, Config, Context, Experiment, Record, Result
 from synthrepro.metrics import dice
 from synthrepro.models import unet
 from synthrepro.training import seeded, segment, soft_dice_loss, stream
@@ -55,8 +56,9 @@ class Position(nn.Module):
 
 def intensity_only(channels: int, classes: int) -> nn.Module:
     """A perceptron applied to each pixel by itself."""
-    layers: list[nn.Module] = [nn.Conv2d(channels, 32, 1), nn.ELU(), nn.Conv2d(32, 32, 1), nn.ELU()]
-    return nn.Sequential(*layers, nn.Conv2d(32, classes, 1))
+    hidden = 8  # for a function of one number it is plenty
+    layers: list[nn.Module] = [nn.Conv2d(channels, hidden, 1), nn.ELU(), nn.Conv2d(hidden, hidden, 1), nn.ELU()]
+    return nn.Sequential(*layers, nn.Conv2d(hidden, classes, 1))
 
 
 def scored(network: nn.Module, split: Split, classes: int, device: torch.device) -> Tensor:
@@ -139,6 +141,34 @@ def run(cell: Cell, config: Admission, context: Context) -> Result:
     metrics = {"dice": float(scores["test"].nanmean()), "dice_validation": float(scores["validation"].nanmean())}
     per_class = zip(task.classes[1:], scores["test"].nanmean(0).tolist(), strict=True)
     return Result(metrics | {f"dice_{name.lower()}": value for name, value in per_class}, cases)
+
+
+def criteria(records: Sequence[Record]) -> dict[str, float]:
+    """What decides on admission, each a difference of mean test Dice; a task without one of the gaps is not admitted.
+
+    Args:
+        records: of one profile and one task, the task's own contrast first.
+    """
+
+    def mean(method: str, contrast: str, labelled: str, split: str) -> float:
+        wanted = {"contrast": contrast, "labelled": labelled}
+        found = [r for r in records if r.cell.method == method and r.cell.setting == wanted]
+        return statistics.mean(case["dice"] for r in found for case in r.cases if case["split"] == f"test-{split}")
+
+    own = str(records[0].cell.setting["contrast"])
+    trained_on = {(str(r.cell.setting["contrast"]), str(r.cell.setting["labelled"])): None for r in records}
+    fewer = sorted((labelled for _, labelled in trained_on if labelled != "all"), key=int)
+    oracle = mean("network", own, "all", own)
+    found = {
+        f"oracle above {method} alone": oracle - mean(method, own, "all", own) for method in ("position", "intensity")
+    }
+    found |= {f"oracle above {n} labelled": oracle - mean("network", own, n, own) for n in fewer}
+    return found | {
+        f"oracle of {other} above network of {own}, on {other}": mean("network", other, "all", other)
+        - mean("network", own, "all", other)
+        for other, labelled in trained_on
+        if labelled == "all" and other != own
+    }
 
 
 EXPERIMENTS = {

@@ -28,4 +28,4 @@ def unet(
             steps of a short training are lost to finding the scale).
     """
     strides = [2] * (len(features) - 1)
-    return UNet(2, in_channels, classes, features, strides, num_res_units=convs, act="ELU", norm=norm)
+    return UNet(2, in_channels, classes, features, strides, num_res_units=convs, act="ELU", norm=norm)  # type: ignore[arg-type]

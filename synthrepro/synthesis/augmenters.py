@@ -73,7 +73,9 @@ class GaussianNoise(nn.Module):
 
     def draw(self, images: Tensor, generator: torch.Generator) -> Draw:
         """``eps`` as the images, ``modulation`` (B,): s or u of the mode, 1 for ``"fixed"``."""
-        samples = spawn(len(images), generator)
+        return self._draw(images, spawn(len(images), generator))
+
+    def _draw(self, images: Tensor, samples: list[torch.Generator]) -> Draw:
         modulation = torch.ones(len(images))
         if self.mode == "modulated":
             modulation = normal(samples)
@@ -136,7 +138,11 @@ class IntensityNonUniformity(nn.Module):
 
     def draw(self, images: Tensor, generator: torch.Generator) -> Draw:
         """``log_fields`` (B, fields, H, W), logarithms of the alpha_k."""
-        samples = spawn(1 if self.shared else len(images), generator)
+        return self._draw(images, spawn(len(images), generator))
+
+    def _draw(self, images: Tensor, samples: list[torch.Generator]) -> Draw:
+        if self.shared:
+            samples = samples[:1]
         weights = {"bspline": bspline_weights, "bilinear": linear_weights}[self.basis]
         fields = []
         for k in range(len(self.weights)):
@@ -179,8 +185,9 @@ class Parametric(nn.Module):
 
     def draw(self, images: Tensor, generator: torch.Generator) -> Draw:
         """``field`` and ``noise``, the draws of the parts there are."""
+        samples = spawn(len(images), generator)  # one a sample for both parts
         parts = {"field": self.field, "noise": self.noise}
-        return Draw(**{name: part.draw(images, generator) for name, part in parts.items() if part is not None})
+        return Draw(**{name: part._draw(images, samples) for name, part in parts.items() if part is not None})
 
     def forward(self, images: Tensor, draw: Draw) -> Tensor:
         """Augmented images, (B, C, H, W), not clipped."""

@@ -26,7 +26,7 @@ def affine_matrix(rotation: Tensor, shear: Tensor, zoom: Tensor) -> Tensor:
     return turn @ skew @ torch.diag_embed(1 + zoom)
 
 
-def integrate(velocity: Tensor, size: tuple[int, int]) -> Tensor:
+def integrate(velocity: Tensor, size: tuple[int, ...]) -> Tensor:
     """Displacement reached after one unit of time along a stationary velocity, by scaling and squaring.
 
     Args:
@@ -47,7 +47,7 @@ def integrate(velocity: Tensor, size: tuple[int, int]) -> Tensor:
     return flow
 
 
-def smooth_displacement(controls: Tensor, nodes: Tensor, size: tuple[int, int]) -> Tensor:
+def smooth_displacement(controls: Tensor, nodes: Tensor, size: tuple[int, ...]) -> Tensor:
     """Displacement at every pixel, linear between nodes whose outer ones sit on the image's edges.
 
     Args:

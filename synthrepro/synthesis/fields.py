@@ -89,7 +89,7 @@ def gaussian_transfer(sd: Tensor, frequencies: Tensor) -> Tensor:
         (*sd.shape, F); values below 1e-6 are 0, because products of such numbers are denormal and slow.
     """
     transfer = torch.exp(sd[..., None].square() * (frequencies.cos() - 1))
-    return F.threshold_(transfer, 1e-6, 0.0)
+    return F.threshold_(transfer, 1e-6, 0.0)  # type: ignore[attr-defined]
 
 
 def smoothing_matrix(sd: Tensor, size: int) -> Tensor:

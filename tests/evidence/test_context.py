@@ -74,7 +74,7 @@ def test_an_artefact_is_built_once_for_each_spec_and_code(tmp_path):
         (folder / "value").write_text(str(spec["size"]))
 
     def context(code="1"):
-        return Context(tmp_path / "cell", {"base": build}, tmp_path / "shared", code)
+        return Context(tmp_path / "cell", {"base": build}, tmp_path / "shared", {"base": code})
 
     first = context()
     path = first.artefact("base", {"size": 1, "kind": "a"})

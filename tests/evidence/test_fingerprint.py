@@ -107,3 +107,81 @@ def test_an_unknown_module_is_an_error(package):
 def test_one_source_has_one_fingerprint_on_every_python(package):
     # Syntax trees gain fields with new Pythons (type_params in 3.12); a record must not go stale by that.
     assert fingerprint("pkg.methods.one", package) == "ae28867f3890bf50"
+
+
+CHAPTER = """
+from pkg.deep import depth
+from pkg.ground.noise import draw
+from pkg.evidence import Experiment
+
+SIZE = 3
+
+
+def shared(n):
+    return SIZE * n
+
+
+def first_run(cell):
+    return shared(depth)
+
+
+def second_run(cell):
+    return shared(draw(1))
+
+
+def build_first(spec):
+    return spec
+
+
+def build_second(spec):
+    return [spec]
+
+
+EXPERIMENTS = {
+    "first": Experiment("first", "", 0, 0, first_run, 0, {"base": build_first}),
+    "second": Experiment("second", run=second_run, artefacts={"base": build_second}),
+}
+"""
+
+
+def changed_experiments(package, name, old, new):
+    (package / "methods/one.py").write_text(CHAPTER)
+    before = {e: fingerprint("pkg.methods.one", package, e) for e in ("first", "second")}
+    text = (package / name).read_text()
+    assert old in text
+    (package / name).write_text(text.replace(old, new))
+    return [e for e, was in before.items() if fingerprint("pkg.methods.one", package, e) != was]
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "touched"),
+    [
+        ("methods/one.py", "shared(draw(1))", "shared(draw(2))", ["second"]),
+        ("methods/one.py", "shared(depth)", "shared(depth + 1)", ["first"]),
+        ("methods/one.py", "SIZE * n", "SIZE + n", ["first", "second"]),
+        ("methods/one.py", "SIZE = 3", "SIZE = 4", ["first", "second"]),
+        ("methods/one.py", "return spec", "return 2 * spec", ["first"]),  # the builder of an artefact
+        ("methods/one.py", "return [spec]", "return []", ["second"]),
+        ("methods/one.py", '"second": Exp', '"third": Experiment("third", "", 0, 0, shared, 0), "second": Exp', []),
+        ("ground/noise.py", "n * depth", "n + depth", ["second"]),
+        ("deep.py", "depth = 3", "depth = 4", ["first", "second"]),
+    ],
+)
+def test_an_experiment_counts_what_its_run_function_reaches(package, name, old, new, touched):
+    assert changed_experiments(package, name, old, new) == touched
+
+
+def test_a_function_counts_what_it_reaches_whatever_experiment_uses_it(package):
+    (package / "methods/one.py").write_text(CHAPTER)
+    before = [fingerprint("pkg.methods.one", package, name) for name in ("build_first", "build_second")]
+    (package / "methods/one.py").write_text(CHAPTER.replace("return spec", "return 2 * spec"))
+    after = [fingerprint("pkg.methods.one", package, name) for name in ("build_first", "build_second")]
+    assert before[0] != after[0]
+    assert before[1] == after[1]
+
+
+def test_where_the_run_function_cannot_be_told_the_whole_module_counts(package):
+    (package / "methods/one.py").write_text("def a(): return 1\n\n\ndef b(): return 2\n")
+    before = fingerprint("pkg.methods.one", package, "first")
+    (package / "methods/one.py").write_text("def a(): return 1\n\n\ndef b(): return 3\n")
+    assert fingerprint("pkg.methods.one", package, "first") != before

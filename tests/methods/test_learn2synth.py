@@ -13,7 +13,7 @@ from synthrepro.training import LOSSES, stream
 ANATOMY = {"size": (32, 32), "spacing": 6.0, "subjects": (4, 1, 2), "slices": 2}
 SETTINGS = {
     "steps": 4, "batch": 2, "features": (4, 8), "norm": "instance", "loss": "dice", "update": "adam",
-    "lr": 2e-3, "hyper_lr": 2e-2, "alpha": 1.0, "estimator": "exact",
+    "lr": 2e-3, "hyper_lr": 2e-2, "every": 1, "alpha": 1.0, "estimator": "exact",
 }  # fmt: skip
 RECOVERY = l2s.NoiseRecovery(
     **SETTINGS, anatomy=ANATOMY, bias_noise="0.05", noises=("0.10", "0.025-0.2"), exponents=(".5/.5/.5",), seeds=2
@@ -64,7 +64,7 @@ def test_the_hypergradient_is_the_derivative_of_the_whole_step(augmenter: str, l
 
 
 def test_the_segmentation_network_never_steps_on_a_real_image(labels: torch.Tensor, tmp_path: Path) -> None:
-    """With the augmenter held still, other real images, labels and weights of their loss leave no trace in the network."""
+    """With the augmenter held still, other real images and another weight of their loss leave no trace."""
     synthetic, real = batches(labels)
 
     def trained(name: str, real: l2s.Pairs, alpha: float, hyper_lr: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,12 +88,26 @@ def test_the_segmentation_network_never_steps_on_a_real_image(labels: torch.Tens
 
 
 @pytest.mark.parametrize("update", ["adam", "sgd"])
+def test_a_plain_step_is_the_step_without_its_hypergradient(update: str, labels: torch.Tensor) -> None:
+    settings = l2s.Settings(**(SETTINGS | {"update": update}))
+    network, augmenter = unet(1, 4, (4, 8)), GaussianNoise("fixed", 0.1)
+    phi, theta = ({n: p.detach() for n, p in m.named_parameters()} for m in (network, augmenter))
+    synthetic, real = (pairs(0) for pairs in batches(labels))
+    inner = (*synthetic, augmenter.draw(synthetic[0], stream(0, "draw")))
+    whole = l2s.learn2synth_step(network, augmenter, phi, theta, inner, real, settings, None)
+    plain, state = l2s.plain_step(network, augmenter, phi, inner, settings, None)
+    assert all(torch.equal(plain[n], whole.params[n]) for n in phi)
+    assert state["step"] == whole.state["step"] == 1
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("update", ["adam", "sgd"])
 def test_a_killed_training_goes_on_where_it_was(
-    update: str, labels: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    update: str, every: int, labels: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Context, "checkpoint_due", lambda self: True)
     synthetic, real = batches(labels)
-    settings = l2s.Settings(**(SETTINGS | {"update": update}))
+    settings = l2s.Settings(**(SETTINGS | {"update": update, "every": every, "steps": 6}))
 
     def train(folder: str, real: l2s.Pairs) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
         network = l2s.seeded(lambda: unet(1, 4, (4, 8)), stream(0, "network"))
@@ -103,7 +117,7 @@ def test_a_killed_training_goes_on_where_it_was(
         return trail, network.state_dict()
 
     def killed(i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if i == 2:
+        if i >= 3:
             raise KeyboardInterrupt
         return real(i)
 

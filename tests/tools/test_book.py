@@ -80,10 +80,30 @@ def test_a_chapter_that_fails_is_shown_once_and_nothing_is_rendered(project: Pat
 
     monkeypatch.setattr(book, "_run", run)
     assert book.main() == 1
-    assert commands == ["synthrepro"]
+    assert commands == ["papermill"]
     said = capfd.readouterr()
     assert (said.out + said.err).count("ZeroDivisionError") == 1
-    assert "chapter toy failed" in said.err
+    assert "notebooks/toy.ipynb failed" in said.err
+
+
+def test_chapters_with_experiments_run_as_a_reader_runs_them_and_other_pages_by_papermill(project: Path, monkeypatch):
+    commands = []
+
+    def run(*command: str) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0, stdout="", stderr="")
+
+    monkeypatch.setattr(book, "_run", run)
+    executed = [book.execute(project / "notebooks" / f"{name}.ipynb") for name in ("learn2synth", "toy")]
+    assert executed == [book.RUNS / name / f"{name}-smoke.ipynb" for name in ("learn2synth", "toy")]
+    assert commands[0][:5] == ("synthrepro", "run", "learn2synth", "--profile", "smoke")
+    assert commands[1][:6] == (
+        "papermill",
+        *map(str, (project / "notebooks" / "toy.ipynb", executed[1])),
+        "-p",
+        "profile",
+        "smoke",
+    )
 
 
 def test_a_warning_of_jupyter_book_is_an_error(project: Path, monkeypatch):

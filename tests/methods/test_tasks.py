@@ -1,0 +1,129 @@
+"""The admission card measures what it says it does."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from synthrepro.data import load_task
+from synthrepro.evidence import Cell, Context, Record, load_chapter, load_profile
+from synthrepro.evidence.records import Provenance
+from synthrepro.methods import tasks
+
+TINY = {
+    "size": (32, 32),
+    "spacing": 6.0,
+    "subjects": (3, 1, 2),
+    "slices": 2,
+    "steps": 6,
+    "batch": 2,
+    "lr": 0.01,
+    "checks": 2,
+    "contrasts": ("t1w", "flash3"),
+    "labelled": (1, 2),
+    "seeds": 2,
+}
+
+
+@pytest.fixture
+def config() -> tasks.Admission:
+    return tasks.Admission(**TINY)
+
+
+def test_every_profile_is_valid_and_lists_what_decides_first():
+    for profile in ("smoke", "cpu", "gpu", "paper"):
+        config = load_profile("tasks", profile)["admission"]
+        cells = load_chapter("tasks")["admission"].cells(config)
+        assert len({cell.key for cell in cells}) == len(cells)
+        first = cells[: 3 * config.seeds]
+        assert {cell.method for cell in first} == {"position", "intensity", "network"}
+        assert all(cell.setting == {"contrast": "t1w", "labelled": "all"} for cell in first)
+
+
+def test_position_alone_never_looks_at_the_image():
+    predictor = tasks.Position(4, (8, 6))
+    assert torch.equal(predictor(torch.rand(2, 1, 8, 6)), predictor(torch.zeros(2, 1, 8, 6)))
+
+
+def test_intensity_alone_looks_at_one_pixel():
+    predictor = tasks.intensity_only(1, 4)
+    image = torch.rand(1, 1, 8, 6)
+    other = image.clone()
+    other[..., 0, 0] += 1
+    changed = (predictor(image) != predictor(other)).any(1)[0]
+    assert changed[0, 0]
+    assert changed.sum() == 1
+
+
+@pytest.mark.parametrize("method", ["position", "intensity", "network"])
+def test_a_cell_scores_the_test_anatomies_in_every_contrast(method: str, config: tasks.Admission, tmp_path: Path):
+    cell = Cell(method, "brain-mni", 0, {"contrast": "flash3", "labelled": "all"})
+    result = tasks.run(cell, config, Context(tmp_path / "a"))
+    contrasts = {"t1w", "flash3", "flash5", "flash20", "flash30", "mprage"}
+    assert {case["split"] for case in result.cases} == {f"test-{contrast}" for contrast in contrasts}
+    assert len(result.cases) == 6 * 2
+    assert {case["subject"] for case in result.cases} == {"test-000", "test-001"}
+    own = [case["dice"] for case in result.cases if case["split"] == "test-flash3"]
+    assert sum(own) / len(own) == pytest.approx(result.metrics["dice"], abs=0.05)  # unlike weights of absent classes
+    assert tasks.run(cell, config, Context(tmp_path / "b")) == result
+
+
+def test_fewer_labels_are_a_part_of_more_and_a_seed_redraws_them(
+    config: tasks.Admission, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seen: list[set[str]] = []
+
+    def note(network: object, task: object, labelled: object, *rest: object) -> None:
+        seen.append(set(labelled.subjects))
+
+    monkeypatch.setattr(tasks, "train", note)
+    for seed in range(4):
+        for labelled in ("1", "2", "all"):
+            cell = Cell("network", "brain-mni", seed, {"contrast": "t1w", "labelled": labelled})
+            tasks.run(cell, config, Context(tmp_path))
+    for one, two, everybody in zip(seen[::3], seen[1::3], seen[2::3], strict=True):
+        assert (len(one), len(two), len(everybody)) == (1, 2, 3)
+        assert one < two < everybody
+    assert len({frozenset(one) for one in seen[::3]}) > 1
+
+
+def test_training_keeps_the_state_that_did_best_on_validation(
+    config: tasks.Admission, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    task = load_task("brain-mni", **{key: TINY[key] for key in ("size", "spacing", "subjects", "slices")})
+    network = tasks.intensity_only(1, 4)
+    states, marks = [], iter([0.7, 0.2])
+
+    def score(network: torch.nn.Module, *rest: object) -> torch.Tensor:
+        states.append({name: value.clone() for name, value in network.state_dict().items()})
+        return torch.tensor(next(marks))
+
+    monkeypatch.setattr(tasks, "scored", score)
+    tasks.train(network, task, task.splits["train"], config, 0, Context(tmp_path))
+    assert len(states) == 2
+    assert all(torch.equal(value, states[0][name]) for name, value in network.state_dict().items())
+    assert not all(torch.equal(value, states[1][name]) for name, value in network.state_dict().items())
+
+
+def test_the_criteria_are_the_differences_they_are_called():
+    def record(method: str, contrast: str, labelled: str, **dice: float) -> Record:
+        cell = Cell(method, "brain-mni", 0, {"contrast": contrast, "labelled": labelled})
+        cases = [{"subject": "s", "split": f"test-{name}", "dice": value} for name, value in dice.items()]
+        provenance = Provenance(None, None, "", {}, "", None, None, "", 0.0, 0.0, "")
+        return Record("tasks", "admission", "cpu", cell, {}, "", {}, cases, [], provenance)
+
+    records = [
+        record("position", "t1w", "all", t1w=0.3, flash3=0.3),
+        record("intensity", "t1w", "all", t1w=0.6, flash3=0.1),
+        record("network", "t1w", "all", t1w=0.8, flash3=0.2),
+        record("network", "flash3", "all", t1w=0.1, flash3=0.7),
+        record("network", "t1w", "2", t1w=0.5, flash3=0.1),
+    ]
+    assert tasks.criteria(records) == pytest.approx(
+        {
+            "oracle above position alone": 0.5,
+            "oracle above intensity alone": 0.2,
+            "oracle above 2 labelled": 0.3,
+            "oracle of flash3 above network of t1w, on flash3": 0.5,
+        }
+    )
