@@ -109,8 +109,8 @@ class Context:
     def artefact(self, name: str, spec: dict[str, Any]) -> Path:
         """Folder of what several cells share, built here if nobody has built it yet.
 
-        Its address is the hash of its name, of `spec` and of its builder's code. One process builds, the others wait; a killed
-        build is begun again by whoever needs it next and finds the checkpoints of its context.
+        Its address is the hash of its name, of `spec` and of its builder's code. One process builds, the others wait;
+        a killed build is begun again by whoever needs it next and finds the checkpoints of its context.
 
         Args:
             name: key of the experiment's `artefacts`.

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -54,11 +55,16 @@ class Position(nn.Module):
         return self.logits.expand(len(images), -1, -1, -1)
 
 
-def intensity_only(channels: int, classes: int) -> nn.Module:
-    """A perceptron applied to each pixel by itself."""
-    hidden = 8  # for a function of one number it is plenty
-    layers: list[nn.Module] = [nn.Conv2d(channels, hidden, 1), nn.ELU(), nn.Conv2d(hidden, hidden, 1), nn.ELU()]
-    return nn.Sequential(*layers, nn.Conv2d(hidden, classes, 1))
+class Intensity(nn.Module):
+    """A table of logits, one entry a grey level: all that can be known from a pixel by itself."""
+
+    def __init__(self, classes: int, levels: int = 64) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(levels, classes))
+
+    def forward(self, images: Tensor) -> Tensor:
+        level = (images[:, 0] * (len(self.logits) - 1)).round().long()  # (B, H, W)
+        return F.embedding(level, self.logits).movedim(-1, 1)
 
 
 def scored(network: nn.Module, split: Split, classes: int, device: torch.device) -> Tensor:
@@ -124,7 +130,7 @@ def run(cell: Cell, config: Admission, context: Context) -> Result:
         labelled = labelled.take([everybody[i] for i in order[: int(cell.setting["labelled"])]])
     build: dict[str, Callable[[], nn.Module]] = {
         "position": lambda: Position(classes, config.size),
-        "intensity": lambda: intensity_only(task.channels, classes),
+        "intensity": lambda: Intensity(classes),
         "network": lambda: unet(task.channels, classes),
     }
     network = seeded(build[cell.method], stream(cell.seed, "weights")).to(context.device)

@@ -1,6 +1,6 @@
 """Smooth fields and smoothing, all separable: a field is (rows' weights) @ (control points) @ (columns' weights)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -89,7 +89,7 @@ def gaussian_transfer(sd: Tensor, frequencies: Tensor) -> Tensor:
         (*sd.shape, F); values below 1e-6 are 0, because products of such numbers are denormal and slow.
     """
     transfer = torch.exp(sd[..., None].square() * (frequencies.cos() - 1))
-    return F.threshold_(transfer, 1e-6, 0.0)  # type: ignore[attr-defined]
+    return F.threshold(transfer, 1e-6, 0.0)
 
 
 def smoothing_matrix(sd: Tensor, size: int) -> Tensor:
@@ -145,7 +145,7 @@ def multiply_banded(matrix: Tensor, image: Tensor, reach: int) -> Tensor:
     return torch.cat(parts, 1)
 
 
-def smooth_textures(noise: Tensor, sd: Tensor, shift: Tensor) -> Iterator[Tensor]:
+def smooth_textures(noise: Tensor, sd: Tensor, shift: Tensor, rows: Sequence[slice]) -> Iterator[Tensor]:
     """One texture a class: white noise smoothed by the class's own discrete Gaussian, on a periodic image.
 
     All classes of a sample share one field of white noise, each shifted by an amount of its own, so that the textures
@@ -154,15 +154,21 @@ def smooth_textures(noise: Tensor, sd: Tensor, shift: Tensor) -> Iterator[Tensor
     Args:
         noise: (B, H, W), standard normal.
         sd: (B, K) of the smoothing, pixels; shift: (B, K, 2) rows and columns, whole pixels.
+        rows: The K rows of the image that are wanted of each class.
 
     Yields:
-        (B, H, W) for each class in turn; the SD shrinks as the smoothing grows.
+        (B, those rows, W) for each class in turn; the SD shrinks as the smoothing grows.
     """
     height, width = noise.shape[-2:]
-    rows = torch.fft.fftfreq(height, device=noise.device) * (2 * torch.pi)
-    columns = torch.fft.rfftfreq(width, device=noise.device) * (2 * torch.pi)
-    row_factor = torch.polar(gaussian_transfer(sd, rows), -shift[..., :1] * rows)[..., None]  # (B, K, H, 1)
-    column_factor = torch.polar(gaussian_transfer(sd, columns), -shift[..., 1:] * columns)[..., None, :]
+    down = torch.fft.fftfreq(height, device=noise.device) * (2 * torch.pi)
+    across = torch.fft.rfftfreq(width, device=noise.device) * (2 * torch.pi)
+    transfer = gaussian_transfer(sd, across)  # (B, K, W // 2 + 1)
+    row_factor = torch.polar(gaussian_transfer(sd, down), -shift[..., :1] * down)[..., None]  # (B, K, H, 1)
+    column_factor = torch.polar(transfer, -shift[..., 1:] * across)[..., None, :]
+    kept = [len(across)] * sd.shape[1]
+    if noise.device.type == "cpu":  # skip what smoothing leaves a thousandth of; on a GPU, counting would mean waiting
+        kept = (transfer > 1e-3).sum(-1).amax(0).tolist()
     spectrum = torch.fft.rfft2(noise)
-    for k in range(sd.shape[1]):  # one at a time stays in a CPU's cache
-        yield torch.fft.irfft2((spectrum * row_factor[:, k]).mul_(column_factor[:, k]), s=(height, width))
+    for k, n in enumerate(kept):  # one at a time stays in a CPU's cache
+        product = (spectrum[..., :n] * row_factor[:, k]).mul_(column_factor[:, k, ..., :n])
+        yield torch.fft.irfft(torch.fft.ifft(product, dim=1)[:, rows[k]], n=width, dim=2)

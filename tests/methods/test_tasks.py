@@ -45,12 +45,14 @@ def test_position_alone_never_looks_at_the_image():
     assert torch.equal(predictor(torch.rand(2, 1, 8, 6)), predictor(torch.zeros(2, 1, 8, 6)))
 
 
-def test_intensity_alone_looks_at_one_pixel():
-    predictor = tasks.intensity_only(1, 4)
-    image = torch.rand(1, 1, 8, 6)
+def test_intensity_alone_looks_at_one_pixel_and_sees_nothing_else():
+    predictor = tasks.Intensity(4)
+    torch.nn.init.normal_(predictor.logits, generator=torch.Generator().manual_seed(0))
+    image = torch.rand(1, 1, 8, 6, generator=torch.Generator().manual_seed(1))
     other = image.clone()
-    other[..., 0, 0] += 1
+    other[..., 0, 0] = (other[..., 0, 0] + 0.5) % 1
     changed = (predictor(image) != predictor(other)).any(1)[0]
+    assert predictor(image).shape == (1, 4, 8, 6)
     assert changed[0, 0]
     assert changed.sum() == 1
 
@@ -91,7 +93,7 @@ def test_training_keeps_the_state_that_did_best_on_validation(
     config: tasks.Admission, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     task = load_task("brain-mni", **{key: TINY[key] for key in ("size", "spacing", "subjects", "slices")})
-    network = tasks.intensity_only(1, 4)
+    network = tasks.Intensity(4)
     states, marks = [], iter([0.7, 0.2])
 
     def score(network: torch.nn.Module, *rest: object) -> torch.Tensor:

@@ -119,7 +119,7 @@ def test_each_sample_is_resampled_at_its_own_factor():
 def test_textures_have_the_noise_power_of_their_kernel():
     sd = torch.tensor([[0.0, 1.0, 3.0]])
     noise = torch.randn(1, 256, 240, generator=torch.Generator().manual_seed(0))
-    drawn = torch.stack(list(smooth_textures(noise, sd, torch.zeros(1, 3, 2))), 1)[0]
+    drawn = torch.stack(list(smooth_textures(noise, sd, torch.zeros(1, 3, 2), 3 * [slice(None)])), 1)[0]
     torch.testing.assert_close(drawn[0], noise[0], atol=1e-5, rtol=0)
     for texture, width in zip(drawn[1:], sd[0, 1:].tolist(), strict=True):
         kernel = smoothing_matrix(torch.tensor([width]), 101)[0, 50]
@@ -130,6 +130,17 @@ def test_textures_have_the_noise_power_of_their_kernel():
 
 def test_textures_are_shifted_copies_so_that_classes_are_unrelated():
     noise = torch.randn(1, 64, 48, generator=torch.Generator().manual_seed(0))
-    same, shifted = smooth_textures(noise, torch.full((1, 2), 2.0), torch.tensor([[[0.0, 0.0], [20.0, 31.0]]]))
+    shift = torch.tensor([[[0.0, 0.0], [20.0, 31.0]]])
+    same, shifted = smooth_textures(noise, torch.full((1, 2), 2.0), shift, 2 * [slice(None)])
     torch.testing.assert_close(shifted[0], same[0].roll((20, 31), (0, 1)), atol=1e-5, rtol=0)
     assert torch.corrcoef(torch.stack([same.flatten(), shifted.flatten()]))[0, 1].abs() < 0.2
+
+
+def test_textures_are_drawn_for_the_rows_wanted():
+    noise = torch.randn(1, 64, 48, generator=torch.Generator().manual_seed(0))
+    sd, shift = torch.tensor([[0.5, 2.0, 1.0]]), torch.ones(1, 3, 2)
+    whole = list(smooth_textures(noise, sd, shift, 3 * [slice(None)]))
+    parts = list(smooth_textures(noise, sd, shift, [slice(3, 20), slice(60, 64), slice(0)]))
+    assert [part.shape[1] for part in parts] == [17, 4, 0]
+    torch.testing.assert_close(parts[0], whole[0][:, 3:20])
+    torch.testing.assert_close(parts[1], whole[1][:, 60:])
