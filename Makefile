@@ -47,9 +47,9 @@ test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest --durations=10
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --durations 10
 	rm -rf _build/replay
-	SYNTHREPRO_RUNS=$(CURDIR)/_build/replay $(BIN)/pytest -c tests/notebooks/nbval.ini --rootdir . --numprocesses 2 notebooks
+	SYNTHREPRO_RUNS=$(CURDIR)/_build/replay $(BIN)/pytest -c tests/notebooks/nbval.ini --rootdir . --numprocesses auto --maxprocesses 4 notebooks
 
 clean:
 	rm -rf _build .mypy_cache .pytest_cache .ruff_cache

@@ -405,6 +405,10 @@ def _executor(jobs: int, scheduler: str | None) -> Iterator[tuple[concurrent.fut
         try:
             with pool:
                 try:
+                    # Start every worker, then wake the thread that watches them: CPython's pool begins to watch a
+                    # worker at the next submission, and may sleep through the death of the last one till then.
+                    for _ in range(jobs + 1):
+                        pool.submit(int)
                     yield pool, jobs
                 except BaseException:
                     for worker in set(multiprocessing.active_children()) - before:
