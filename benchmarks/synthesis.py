@@ -8,6 +8,8 @@ Peers that are not installed are left out. TorchIO 1 and 2 exclude each other: i
 """
 
 import argparse
+import functools
+import importlib
 import json
 import os
 import statistics
@@ -40,6 +42,16 @@ def anatomy() -> torch.Tensor:
     return (CLASSES * (1 - radius)).clamp(0, CLASSES - 1).long()
 
 
+@functools.cache
+def peer(name: str) -> Any:
+    """The library, or None and one sentence where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        print(f"{name} is not installed, so it is left out.", file=sys.stderr)
+        return None
+
+
 def ours(settings: LabelsToImage, stages: str) -> list[Method]:
     labels = anatomy().expand(BATCH, -1, -1).contiguous()
     generator = torch.Generator().manual_seed(0)
@@ -50,10 +62,8 @@ def ours(settings: LabelsToImage, stages: str) -> list[Method]:
 
 
 def cornucopia(stages: str, **options: Any) -> list[Method]:
-    try:
-        import cornucopia as cc
-    except ImportError:
-        print("cornucopia is not installed, so it is left out.", file=sys.stderr)
+    cc = peer("cornucopia")
+    if cc is None:
         return []
     labels = anatomy()[None]
     transform = cc.SynthFromLabelTransform(order=1, resolution=False, returns=["image", "label"], **options)
@@ -66,10 +76,8 @@ def cornucopia(stages: str, **options: Any) -> list[Method]:
 
 
 def torchio(stages: str) -> list[Method]:
-    try:
-        import torchio as tio
-    except ImportError:
-        print("TorchIO is not installed, so it is left out.", file=sys.stderr)
+    tio = peer("torchio")
+    if tio is None:
         return []
     labels = anatomy()[None, ..., None]
     fov = SIZE / 10  # translation; a twentieth of the field of view is the largest displacement

@@ -15,6 +15,7 @@ EXTERNAL = re.compile(r"^\s*(?:https?:)?//", re.IGNORECASE)
 FETCHED_LINKS = {"stylesheet", "preload", "prefetch", "preconnect", "dns-prefetch", "modulepreload", "icon"}
 CSS_EXTERNAL = re.compile(r"(?:url\(\s*|@import\s+)[\"']?(?:https?:)?//", re.IGNORECASE)
 TRACEBACK = "Traceback (most recent call last)"
+RAW_TABLE = re.compile(r"\|\s*(?:-{3,}|—)\s*\|")
 
 
 def pages_of_toc(toc: Path) -> list[str]:
@@ -61,10 +62,12 @@ class _Reader(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
         self.problems: list[str] = []
+        self._in_code = 0
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         given = {name: value or "" for name, value in attributes}
         address = given.get("src", "")
+        self._in_code += tag in ("pre", "script")
         if tag == "link" and FETCHED_LINKS & set(given.get("rel", "").split()):
             address = given.get("href", "")
         if EXTERNAL.match(address):
@@ -74,6 +77,11 @@ class _Reader(HTMLParser):
         if {"traceback", "problematic"} & set(given.get("class", "").split()):
             self.problems.append("it shows an error (a traceback, or markup that could not be read)")
 
+    def handle_endtag(self, tag: str) -> None:
+        self._in_code -= tag in ("pre", "script")
+
     def handle_data(self, data: str) -> None:
         if TRACEBACK in data:
             self.problems.append("it holds a traceback")
+        if not self._in_code and RAW_TABLE.search(data):
+            self.problems.append("it shows a table as its Markdown source")

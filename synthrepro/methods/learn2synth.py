@@ -616,7 +616,15 @@ EXPERIMENTS = {
     for e in (
         Experiment(
             "noise_recovery",
-            "Are noise and field strength of the real images found again?",
+            "Is the noise of the real images found again?",
+            NoiseRecovery,
+            noise_recovery_cells,
+            noise_recovery_run,
+            lambda cell, config: config.steps,
+        ),
+        Experiment(  # the same, but logits of exponents have further to go than noise: another rate for the augmenter
+            "exponent_recovery",
+            "Is the field strength of the real images found again?",
             NoiseRecovery,
             noise_recovery_cells,
             noise_recovery_run,

@@ -227,9 +227,19 @@ def test_moments_find_exponents_that_are_there(tmp_path: Path) -> None:
     assert metrics["exponent_error"] < 0.15
 
 
-def test_every_profile_lists_the_same_experiments_and_the_papers_presets() -> None:
+def test_every_profile_lists_the_papers_presets_and_five_seeds() -> None:
     for profile in ("cpu", "gpu", "paper"):
-        config = load_profile("learn2synth", profile)["noise_recovery"]
-        assert config.noises == ("0", "0.05", "0.09", "0.095", "0.10", "0.105", "0.11", "0.15", "0.025-0.2")
-        assert config.exponents == (".5/.5/.5", ".8/.8/.8", ".2/.2/.2", "1/0/0")
-        assert config.seeds >= 5
+        configs = load_profile("learn2synth", profile)
+        noise, exponents = configs["noise_recovery"], configs["exponent_recovery"]
+        assert noise.noises == ("0", "0.05", "0.09", "0.095", "0.10", "0.105", "0.11", "0.15", "0.025-0.2")
+        assert exponents.exponents == (".5/.5/.5", ".8/.8/.8", ".2/.2/.2", "1/0/0")
+        assert noise.seeds == exponents.seeds == 5
+
+
+def test_no_profile_puts_an_exponent_out_of_the_augmenters_reach() -> None:
+    """Adam moves a logit by its rate a step at most; the way between the starts must be half of that."""
+    for profile in ("cpu", "gpu", "paper"):
+        config = load_profile("learn2synth", profile)["exponent_recovery"]
+        reach = config.hyper_lr * config.steps / config.every / 2  # the cosine halves it
+        low, high = (torch.tensor(start).logit() for start in l2s.STARTS.values())
+        assert high - low < reach / 2

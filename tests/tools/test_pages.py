@@ -24,6 +24,11 @@ def test_a_good_page_has_no_problem_though_it_links_to_the_world(html: Path):
     assert pages.problems(html, ["page"]) == []
 
 
+def test_a_page_may_show_markdown_as_code(html: Path):
+    (html / "page.html").write_text(GOOD.replace("</body>", "<pre>| --- | --- |</pre></body>"))
+    assert pages.problems(html, ["page"]) == []
+
+
 def test_a_page_of_the_table_of_contents_that_was_not_rendered_is_named(html: Path):
     assert pages.problems(html, ["page", "other"]) == ["page other of the table of contents was not rendered"]
 
@@ -46,6 +51,8 @@ def test_a_book_without_its_first_page_is_not_a_book(html: Path):
         ('<img src="b.png" alt=" ">', "no alternative text"),
         ("<pre>Traceback (most recent call last)\nboom</pre>", "traceback"),
         ('<div class="output traceback highlight"></div>', "error"),
+        ("<p>| a | b | | --- | --- | | 1 | 2 |</p>", "Markdown source"),
+        ("<p>| a | b | | — | — | | 1 | 2 |</p>", "Markdown source"),
         ('<span class="problematic">:foo:</span>', "error"),
     ],
 )
