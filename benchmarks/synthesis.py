@@ -173,9 +173,8 @@ def main() -> None:
     for title, methods in comparisons().items():
         times = measure(methods, options.rounds)
         record[title] = {name: kept for (name, *_), kept in zip(methods, times, strict=True)}
-        print(
-            f"**{title}**\n\n| method | stages | ms/image, median (min) | images/s | times ours |\n|---|---|--:|--:|--:|"
-        )
+        print(f"**{title}**\n")
+        print("| method | stages | ms/image, median (min) | images/s | times ours |\n|---|---|--:|--:|--:|")
         best = statistics.median(times[0])
         for (name, stages, *_), kept in zip(methods, times, strict=True):
             median = statistics.median(kept)
