@@ -8,36 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from nbformat import v4, write
 
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN = re.compile(r"```\{code-block\} \w+\n:caption: (\S+)\n\n(.*?)```", re.DOTALL)
-
-
-class Checkout:
-    """A copy of the package with the shown chapter in it, and nothing else of the project."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        shutil.copytree(ROOT / "synthrepro", root / "synthrepro", ignore=shutil.ignore_patterns("__pycache__"))
-        for path, content in SHOWN.findall((ROOT / "book" / "contributing.md").read_text(encoding="utf8")):
-            target = root / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if target.suffix == ".ipynb":
-                write(notebook(content), target)
-            else:
-                target.write_text(content, encoding="utf8")
-
-    def synthrepro(self, *arguments: str) -> str:
-        """What the command says in this checkout, given that it succeeds."""
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("SYNTHREPRO_")}
-        environment |= {"PYTHONPATH": str(self.root), "OMP_NUM_THREADS": "1"}
-        program = "import sys; from synthrepro.cli import main; sys.exit(main())"
-        command = [sys.executable, "-c", program, *arguments]
-        outcome = subprocess.run(command, cwd=self.root, env=environment, capture_output=True, text=True, check=False)
-        assert outcome.returncode == 0, outcome.stderr
-        return outcome.stdout
 
 
 def notebook(script: str):
@@ -54,14 +28,13 @@ def notebook(script: str):
     return v4.new_notebook(cells=cells, metadata=kernel)
 
 
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
-    return Checkout(tmp_path_factory.mktemp("checkout"))
+def shown_files() -> dict[str, str]:
+    """Path -> content, as the page shows them."""
+    return dict(SHOWN.findall((ROOT / "book" / "contributing.md").read_text(encoding="utf8")))
 
 
-def test_the_page_shows_the_five_files_of_a_chapter(checkout: Checkout):
-    shown = {path for path, _ in SHOWN.findall((ROOT / "book" / "contributing.md").read_text(encoding="utf8"))}
-    assert shown == {
+def test_the_page_shows_the_five_files_of_a_chapter():
+    assert shown_files().keys() == {
         "synthrepro/methods/nearest_mean.py",
         "synthrepro/methods/profiles/nearest_mean.yaml",
         "synthrepro/evidence/papers/nearest_mean.yaml",
@@ -70,21 +43,38 @@ def test_the_page_shows_the_five_files_of_a_chapter(checkout: Checkout):
     }
 
 
-def test_the_chapters_notebook_runs(checkout: Checkout):
-    checkout.synthrepro("run", "nearest_mean", "--profile", "smoke")
-    executed = json.loads((checkout.root / "runs" / "nearest_mean" / "nearest_mean-smoke.ipynb").read_text())
+def test_the_shown_chapter_runs_is_measured_judged_and_drawn(tmp_path: Path):
+    shutil.copytree(ROOT / "synthrepro", tmp_path / "synthrepro", ignore=shutil.ignore_patterns("__pycache__"))
+    for path, content in shown_files().items():
+        target = tmp_path / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.suffix == ".ipynb":
+            write(notebook(content), target)
+        else:
+            # Five seeds are what a verdict needs; they do not need the images of a real cpu profile.
+            target.write_text(content.replace("size: [96, 80], spacing: 2.0", "size: [48, 40], spacing: 4.0"))
+
+    commands = [
+        ["run", "nearest_mean", "--profile", "smoke"],
+        ["measure", "nearest_mean", "--profile", "cpu"],
+        ["table", "nearest_mean", "smoothing"],
+        ["claims", "--format", "json"],
+    ]
+    # One process for all: importing torch takes longer than everything else together.
+    program = f"import sys; from synthrepro.cli import main; sys.exit(any(main(c) for c in {commands}))"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("SYNTHREPRO_")}
+    environment |= {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", program]
+    outcome = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert outcome.returncode == 0, outcome.stderr
+
+    executed = json.loads((tmp_path / "runs" / "nearest_mean" / "nearest_mean-smoke.ipynb").read_text())
     shown = [output["data"]["text/plain"] for cell in executed["cells"] for output in cell.get("outputs", [])]
     assert shown[0] == ["2"]
     assert "smoothed" in "".join(shown[1])
-
-
-def test_the_chapters_claim_gets_a_verdict_and_its_table_is_drawn(checkout: Checkout):
-    # The cells of the cpu profile, at the size of smoke: five seeds are what a verdict needs.
-    profile = checkout.root / "synthrepro" / "methods" / "profiles" / "nearest_mean.yaml"
-    profile.write_text(profile.read_text().replace("size: [96, 80], spacing: 2.0", "size: [48, 40], spacing: 4.0"))
-    assert "10 records" in checkout.synthrepro("measure", "nearest_mean", "--profile", "cpu")
-    claims = json.loads(checkout.synthrepro("claims", "--format", "json"))
+    assert "10 records" in outcome.stdout
+    assert "0.734" in outcome.stdout, "the paper's number is not in the table"
+    claims = json.loads(outcome.stdout[outcome.stdout.index("\n[") :])
     (claim,) = [claim for claim in claims if claim["id"] == "smoothing-helps"]
     assert claim["verdict"] in {"holds here", "does not hold here", "undecided here"}
     assert claim["seeds"] == 5
-    assert "0.734" in checkout.synthrepro("table", "nearest_mean", "smoothing")
