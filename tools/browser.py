@@ -9,6 +9,7 @@ its driver is not installed, one sentence says so and nothing is checked.
 
 import base64
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -86,7 +87,7 @@ class Session:
 
     def look(self, page: Path, width: int) -> list[str]:
         """Open a page at a width and return what is wrong with it."""
-        self.devtools("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+        self._resize(width, 900)
         self._post("/url", {"url": page.as_uri()})
         seen = self._post("/execute/async", {"script": LOOK, "args": []})
         wrong = [f"{element} sticks out to the side" for element in seen["wide"]]
@@ -102,9 +103,16 @@ class Session:
         sent = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
         return [address for address in sent if address.startswith(("http:", "https:"))]
 
-    def picture(self) -> bytes:
-        """Return a PNG of the whole page, top to bottom."""
-        return base64.b64decode(self.devtools("Page.captureScreenshot", captureBeyondViewport=True)["data"])
+    def picture(self, width: int) -> bytes:
+        """Return a PNG of the page from its top; Chromium cannot draw more than 16384 pixels of it."""
+        height = math.ceil(self.devtools("Page.getLayoutMetrics")["cssContentSize"]["height"])
+        self._resize(width, min(height, 16384))
+        return base64.b64decode(self.devtools("Page.captureScreenshot")["data"])
+
+    def _resize(self, width: int, height: int) -> None:
+        self.devtools(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
+        )
 
     def close(self) -> None:
         """End the browser."""
@@ -159,7 +167,7 @@ def problems(html: Path, pages: list[str], pictures: Path | None = None) -> list
                 found += [f"page {page} at {width} pixels: {problem}" for problem in wrong]
                 if pictures:
                     pictures.mkdir(parents=True, exist_ok=True)
-                    (pictures / f"{page.replace('/', '-')}-{width}.png").write_bytes(session.picture())
+                    (pictures / f"{page.replace('/', '-')}-{width}.png").write_bytes(session.picture(width))
     return found
 
 
