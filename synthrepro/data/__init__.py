@@ -4,60 +4,32 @@ Two families: an *embedded* task is built from what an installed library ships; 
 `$SYNTHREPRO_DATA/<name>`, where somebody put a data set in its publisher's layout.
 """
 
-from collections.abc import Callable
+import importlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from types import ModuleType
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from synthrepro import paths
-from synthrepro.data import brain_mni
 from synthrepro.data.task import Card, Sample, Split, Task, fingerprint
 from synthrepro.errors import UserError
 
-__all__ = [
-    "TASKS",
-    "Card",
-    "Entry",
-    "Report",
-    "Sample",
-    "Split",
-    "Task",
-    "check_task",
-    "fingerprint",
-    "list_tasks",
-    "load_task",
-]
+__all__ = ["TASKS", "Card", "Report", "Sample", "Split", "Task", "check_task", "fingerprint", "list_tasks", "load_task"]
 
-
-@dataclass(frozen=True)
-class Entry:
-    """What the registry knows of a task.
-
-    Attributes:
-        family: "embedded" or "real".
-        options: a frozen pydantic model of the task's options and their defaults.
-        load: (options, folder) -> task.
-        files: folder -> the files it needs; the folder is `<root>/<name>`.
-        check: reads and checks those files, raising `UserError` at the first that is wrong.
-        card: what the task is.
-    """
-
-    family: Literal["embedded", "real"]
-    options: type[BaseModel]
-    load: Callable[[Any, Path], Task]
-    files: Callable[[Path], list[Path]]
-    check: Callable[[Path], object]
-    card: Card
-
-
-TASKS: dict[str, Entry] = {
-    "brain-mni": Entry(
-        "embedded", brain_mni.Options, brain_mni.load, brain_mni.files, brain_mni.read_template, brain_mni.CARD
-    ),
-}
+# A task is a module here named like it, with underscores for hyphens, that holds
+#   FAMILY   "embedded" or "real"
+#   Options  a frozen pydantic model of the task's options and their defaults
+#   load     (options, folder) -> Task; the folder is `<root>/<name>`
+#   files    folder -> the files it needs
+#   check    folder -> reads and checks those files, raising UserError at the first that is wrong
+#   CARD     what the task is
+# It is imported by name when asked for, so that neither a process nor a record's code fingerprint carries the readers
+# of tasks it does not use.
+_SOURCES = sorted(Path(__file__).parent.glob("*.py"))
+TASKS = tuple(path.stem.replace("_", "-") for path in _SOURCES if "\nFAMILY = " in path.read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -99,14 +71,14 @@ def load_task(name: str, root: Path | None = None, **options: Any) -> Task:
     Raises:
         UserError: unknown task or option, an option out of range, or files that are missing or wrong.
     """
-    entry = _entry(name)
+    reader = _reader(name)
     try:
-        checked = entry.options(**options)
+        checked = reader.Options(**options)
     except ValidationError as error:
         problem = error.errors()[0]
         option = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            known = ", ".join(entry.options.model_fields)
+            known = ", ".join(reader.Options.model_fields)
             raise UserError(f"Task {name} has no option {option!r}; it has {known}.") from None
         message = problem["msg"].removeprefix("Value error, ")
         raise UserError(f"Task {name}, option {option!r}: {message}, not {problem['input']!r}.") from None
@@ -115,7 +87,8 @@ def load_task(name: str, root: Path | None = None, **options: Any) -> Task:
 
 @lru_cache(maxsize=8)
 def _load(name: str, options: BaseModel, folder: Path) -> Task:
-    return TASKS[name].load(options, folder)
+    task: Task = _reader(name).load(options, folder)
+    return task
 
 
 def check_task(name: str, root: Path | None = None) -> Report:
@@ -124,22 +97,22 @@ def check_task(name: str, root: Path | None = None) -> Report:
     Raises:
         UserError: unknown task.
     """
-    entry, folder = _entry(name), _folder(name, root)
+    reader, folder = _reader(name), _folder(name, root)
     files: list[Path] = []
     problem = None
     try:
-        files = entry.files(folder)
-        entry.check(folder)
+        files = reader.files(folder)
+        reader.check(folder)
     except UserError as error:
         problem = str(error)
     return Report(
         name,
-        entry.family,
+        reader.FAMILY,
         tuple(path for path in files if path.is_file()),
         tuple(path for path in files if not path.is_file()),
         problem,
-        entry.card.source,
-        entry.card.licence,
+        reader.CARD.source,
+        reader.CARD.licence,
     )
 
 
@@ -148,10 +121,10 @@ def list_tasks(root: Path | None = None) -> list[Report]:
     return [check_task(name, root) for name in TASKS]
 
 
-def _entry(name: str) -> Entry:
+def _reader(name: str) -> ModuleType:
     if name not in TASKS:
         raise UserError(f"There is no task {name!r}; the tasks are {', '.join(TASKS)}.")
-    return TASKS[name]
+    return importlib.import_module(f"synthrepro.data.{name.replace('-', '_')}")
 
 
 def _folder(name: str, root: Path | None) -> Path:

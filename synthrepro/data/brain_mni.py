@@ -43,6 +43,7 @@ from synthrepro.data.mri import TISSUES, flash, mprage, rescale, rician
 from synthrepro.data.task import Card, Split, Task
 from synthrepro.errors import UserError
 
+FAMILY = "embedded"
 CLASSES = ("background", "CSF", "GM", "WM")
 FILES = [f"mni_icbm152_{name}_tal_nlin_sym_09a_converted.nii.gz" for name in ("t1", "gm", "wm")]
 SHAPE, ORIGIN = (197, 233, 189), (-98.0, -134.0, -72.0)  # voxels of 1 mm and the position of the first in MNI space, mm
@@ -112,6 +113,9 @@ def read_template(folder: Path) -> Template:
     means = [float(intensity[fraction > 0.95].mean()) for fraction in (brain - gm - wm, gm, wm)]
     planes = np.stack([map_.transpose(2, 1, 0)[:, ::-1] for map_ in (intensity, gm, wm)], axis=1)
     return Template(torch.from_numpy(planes), torch.tensor(means))
+
+
+check = read_template
 
 
 def _read(path: Path) -> np.ndarray:

@@ -145,9 +145,10 @@ def plan(
         ValueError: the experiment lists a cell twice.
     """
     experiments = load_chapter(chapter)
-    for name in experiments:
-        _codes_when_loaded(chapter, name)
     configs = load_profile(chapter, profile)
+    for name in experiments:
+        for task in {cell.task for cell in experiments[name].cells(configs[name])}:
+            _codes_when_loaded(chapter, name, task)
     if experiment is not None and experiment not in experiments:
         raise UserError(f"Chapter {chapter} has no experiment {experiment!r}; it has {', '.join(experiments)}.")
     jobs: list[Job] = []
@@ -176,14 +177,14 @@ def _listing(seeds: set[int]) -> str:
 
 
 @cache
-def _codes_when_loaded(chapter: str, experiment: str) -> tuple[str, dict[str, str]]:
+def _codes_when_loaded(chapter: str, experiment: str, task: str) -> tuple[str, dict[str, str]]:
     """Fingerprints of the code this process computes with, the experiment's and its artefacts' builders'.
 
     Taken once, right after the import: sources edited later make this process's records stale at once.
     """
     builders = load_chapter(chapter)[experiment].artefacts
-    codes = {name: code_of(chapter, builder.__name__) for name, builder in builders.items()}
-    return code_of(chapter, experiment), codes
+    codes = {name: code_of(chapter, builder.__name__, task) for name, builder in builders.items()}
+    return code_of(chapter, experiment, task), codes
 
 
 def forecast(todo: list[tuple[Job, Record | None]], jobs: int = 1) -> str:
@@ -262,11 +263,11 @@ def _work_off(jobs: list[Job], executor: concurrent.futures.Executor, width: int
 def attempt(job: Job) -> Outcome:
     """Measure one cell, unless it has a record by now or another process is at it."""
     experiment = load_chapter(job.chapter)[job.experiment]
-    code, codes = _codes_when_loaded(job.chapter, job.experiment)
+    code, codes = _codes_when_loaded(job.chapter, job.experiment, job.cell.task)
     with files.lock(job.lock, wait=False) as mine:
         if not mine:
             return Outcome()
-        record = read(job.path, code)
+        record = read(job.path, lambda task: code)
         if not job.settled(record):
             # Code is part of the name: a checkpoint must not be carried on by other code than began it.
             scratch = job.path.with_suffix(f".{code[:8]}")

@@ -7,6 +7,7 @@
 import json
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -127,13 +128,13 @@ def _with_nan(value: Any) -> Any:
     return math.nan if value is None else value
 
 
-def code_of(chapter: str, name: str) -> str:
-    """The code fingerprint of an experiment, or of a function, of a chapter as the sources now stand."""
-    return fingerprint(f"synthrepro.methods.{chapter}", paths.PACKAGE, name)
+def code_of(chapter: str, name: str, task: str | None = None) -> str:
+    """The code fingerprint of an experiment on a task, or of a function, of a chapter as the sources now stand."""
+    return fingerprint(f"synthrepro.methods.{chapter}", paths.PACKAGE, name, task)
 
 
-def read(path: Path, code: str) -> Record | None:
-    """The record of a file of `runs/`, stale if not of this code; None if there is none, or no whole one."""
+def read(path: Path, code: Callable[[str], str]) -> Record | None:
+    """The record of a file of `runs/`, stale if not of its task's code; None if there is none, or no whole one."""
     try:
         record = from_json(path.read_text())
     except FileNotFoundError:
@@ -141,7 +142,7 @@ def read(path: Path, code: str) -> Record | None:
     except ValueError:
         warnings.warn(f"{path} is no whole record and is left out; delete it.", stacklevel=2)
         return None
-    return replace(record, stale=record.provenance.code != code)
+    return replace(record, stale=record.provenance.code != code(record.cell.task))
 
 
 def records(chapter: str, experiment: str, profile: str | None = None) -> list[Record]:
@@ -155,7 +156,7 @@ def records(chapter: str, experiment: str, profile: str | None = None) -> list[R
     """
     if chapter not in (known := chapters()):
         raise UserError(f"There is no chapter {chapter!r}; the chapters are {', '.join(known) or 'none yet'}.")
-    code = code_of(chapter, experiment)
+    code = cache(lambda task: code_of(chapter, experiment, task))
     measured = (read(path, code) for path in sorted((paths.RUNS / chapter / experiment).glob("*.json")))
     best: dict[str, Record] = {}
     for record in [*_committed(_published(chapter, experiment), code), *filter(None, measured)]:
@@ -192,11 +193,11 @@ def _order(record: Record) -> Any:
     return record.profile, cell.method, cell.task, [(k, str(v)) for k, v in cell.setting.items()], cell.seed, record.key
 
 
-def _committed(path: Path, code: str) -> list[Record]:
+def _committed(path: Path, code: Callable[[str], str]) -> list[Record]:
     found = []
     for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
         try:
             found.append(from_json(line))
         except ValueError:
             raise UserError(f"{path}, line {number}: not a record; restore the committed file.") from None
-    return [replace(record, stale=record.provenance.code != code) for record in found]
+    return [replace(record, stale=record.provenance.code != code(record.cell.task)) for record in found]

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from synthrepro.synthesis.draws import Draw
 from synthrepro.synthesis.fields import corner_positions, expand, linear_weights, pick
 
 INTEGRATION_STRIDE = 4  # pixels between points of the grid a velocity is integrated on
@@ -26,7 +27,7 @@ def affine_matrix(rotation: Tensor, shear: Tensor, zoom: Tensor) -> Tensor:
     return turn @ skew @ torch.diag_embed(1 + zoom)
 
 
-def integrate(velocity: Tensor, size: tuple[int, ...]) -> Tensor:
+def integrate(velocity: Tensor, size: torch.Size) -> Tensor:
     """Displacement reached after one unit of time along a stationary velocity, by scaling and squaring.
 
     Args:
@@ -47,49 +48,46 @@ def integrate(velocity: Tensor, size: tuple[int, ...]) -> Tensor:
     return flow
 
 
-def smooth_displacement(controls: Tensor, nodes: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Displacement at every pixel, linear between nodes whose outer ones sit on the image's edges.
+def separable_positions(matrix: Tensor, translation: Tensor, controls: Tensor, nodes: Tensor, size: torch.Size) -> Draw:
+    """Where each pixel of the deformed image comes from, as factors along rows and columns.
+
+    That is the affine map of the pixel's place about the centre of the image, plus a displacement, which is linear
+    between nodes whose outer ones sit on the image's edges.
 
     Args:
+        matrix: (B, 2, 2); translation: (B, 2) pixels.
         controls: (B, 2, n, m) displacement at nodes, pixels; those beyond a sample's own number of nodes are not used.
         nodes: (B, 2) number of nodes along rows and columns.
+        size: (H, W).
 
     Returns:
-        (B, 2, H, W), pixels.
+        Positions (row, column) are ``controls`` (B, 2, n, m) between ``rows`` (B, H, n) and ``columns`` (B, W, m),
+        plus ``along_rows`` (B, 2, H, 1) and ``along_columns`` (B, 2, 1, W).
     """
     rows, columns = (
         linear_weights(corner_positions(size[axis], nodes[:, axis]), controls.shape[2 + axis]) for axis in (0, 1)
     )
-    return expand(controls, rows, columns)
+    centre = matrix.new_tensor([(s - 1) / 2 for s in size])
+    row, column = (torch.arange(s, device=matrix.device) - (s - 1) / 2 for s in size)
+    along_rows = matrix[..., :1] * row + (translation + centre)[..., None]
+    along_columns = matrix[..., 1:] * column
+    return Draw(
+        controls=controls,
+        rows=rows,
+        columns=columns,
+        along_rows=along_rows[..., None],
+        along_columns=along_columns[..., None, :],
+    )
 
 
-def sampling_positions(affine: Tensor, displacement: Tensor) -> Tensor:
-    """Where each pixel of the deformed image comes from: the affine map, then the displacement of its own frame added.
-
-    Args:
-        affine: (B, 2, 3), the last column a translation in pixels.
-        displacement: (B, 2, H, W), pixels, overwritten.
-
-    Returns:
-        (B, 2, H, W) rows and columns.
-    """
-    height, width = displacement.shape[-2:]
-    row = torch.arange(height, device=affine.device) - (height - 1) / 2
-    column = torch.arange(width, device=affine.device) - (width - 1) / 2
-    centre = affine.new_tensor([(height - 1) / 2, (width - 1) / 2])
-    matrix, origin = affine[..., :2], affine[..., 2] + centre
-    along_rows = matrix[..., :1] * row + origin[..., None]  # (B, 2, H)
-    along_columns = matrix[..., 1:] * column  # (B, 2, W)
-    return displacement.add_(along_rows[..., None]).add_(along_columns[..., None, :])
-
-
-def nearest(labels: Tensor, positions: Tensor) -> Tensor:
+def warp(labels: Tensor, positions: Draw) -> Tensor:
     """Labels at positions, nearest neighbour, edge values beyond the edge.
 
     Args:
-        labels: (B, H, W), int64; positions: (B, 2, H, W), overwritten.
+        labels: (B, H, W), int64; positions: from :func:`separable_positions`.
     """
     height, width = labels.shape[-2:]
-    row, column = positions.round_().unbind(1)
+    place = expand(positions.controls, positions.rows, positions.columns)  # (B, 2, H, W)
+    row, column = place.add_(positions.along_rows).add_(positions.along_columns).round_().unbind(1)
     index = row.clamp_(0, height - 1).mul_(width).add_(column.clamp_(0, width - 1)).long()
     return pick(labels.flatten(1), index)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from synthrepro.synthesis.draws import Draw
+
 
 def pick(table: Tensor, index: Tensor) -> Tensor:
     """Entries of each sample's own table: (B, N, ...) and (B, *shape), int64, to (B, *shape, ...).
@@ -92,39 +94,41 @@ def gaussian_transfer(sd: Tensor, frequencies: Tensor) -> Tensor:
     return F.threshold(transfer, 1e-6, 0.0)
 
 
-def smoothing_matrix(sd: Tensor, size: int) -> Tensor:
-    """Discrete Gaussian smoothing along an axis, the image mirrored at its edges.
+def smoothing_kernel(sd: Tensor, size: int) -> Tensor:
+    """Discrete Gaussian kernel for an axis of `size` pixels mirrored at its edges: (B,) pixels to (B, 2 size).
 
-    Args:
-        sd: (B,) pixels.
-
-    Returns:
-        (B, size, size), rows adding up to 1.
+    The kernel is even and periodic; entry d is the weight at distance d.
     """
     frequencies = torch.fft.rfftfreq(2 * size, device=sd.device) * (2 * torch.pi)
-    kernel = torch.fft.irfft(gaussian_transfer(sd, frequencies), n=2 * size)  # (B, 2 size), even and periodic
+    return torch.fft.irfft(gaussian_transfer(sd, frequencies), n=2 * size)
+
+
+def smoothing_matrix(kernel: Tensor) -> Tensor:
+    """Smoothing along an axis: (B, 2 size), from :func:`smoothing_kernel`, to (B, size, size), rows adding up to 1."""
+    size = kernel.shape[1] // 2
     windows = torch.cat([kernel, kernel], 1).unfold(1, size, 1)  # window s: kernel at s, s + 1, ...
     direct = windows[:, size + 1 : 2 * size + 1].flip(1)  # kernel at column - row
     mirrored = windows[:, 1 : size + 1]  # kernel at column + row + 1
     return direct + mirrored
 
 
-def resampling_matrix(sd: Tensor, factor: Tensor, size: int) -> Tensor:
+def resampling_matrix(kernel: Tensor, factor: Tensor) -> Tensor:
     """Smoothing, then sampling every `factor`-th pixel (nearest), then linear interpolation back, along an axis.
 
     Args:
-        sd: (B,) of the smoothing, pixels; factor: (B,) low-resolution pixel in pixels, at least 1.
+        kernel: (B, 2 size), from :func:`smoothing_kernel`; factor: (B,) low-resolution pixel in pixels, at least 1.
 
     Returns:
         (B, size, size), rows adding up to 1.
     """
+    size = kernel.shape[1] // 2
     count = (size / factor).floor().clamp_min(1)[:, None]  # (B, 1) low-resolution pixels
     factor = size / count
-    position = (torch.arange(size, device=sd.device) + 0.5) / factor - 0.5  # (B, size) in low-resolution pixels
+    position = (torch.arange(size, device=kernel.device) + 0.5) / factor - 0.5  # (B, size) in low-resolution pixels
     position = position.clamp_min(0).minimum(count - 1)
     left = position.floor()
     right = (left + 1).minimum(count - 1)
-    smooth = smoothing_matrix(sd, size)
+    smooth = smoothing_matrix(kernel)
 
     def sampled(pixel: Tensor) -> Tensor:  # rows of the smoothing at the centres of low-resolution pixels
         index = ((pixel + 0.5) * factor - 0.5).round().long()
@@ -145,7 +149,28 @@ def multiply_banded(matrix: Tensor, image: Tensor, reach: int) -> Tensor:
     return torch.cat(parts, 1)
 
 
-def smooth_textures(noise: Tensor, sd: Tensor, shift: Tensor, rows: Sequence[slice]) -> Iterator[Tensor]:
+def texture_factors(sd: Tensor, shift: Tensor, size: torch.Size) -> Draw:
+    """Smoothing by a discrete Gaussian and a shift, on a periodic image, as factors of its spectrum.
+
+    Args:
+        sd: (B, K) pixels; shift: (B, K, 2) rows and columns, whole pixels.
+        size: (H, W).
+
+    Returns:
+        ``texture_rows`` (B, K, H, 1) and ``texture_columns`` (B, K, 1, W // 2 + 1), complex, and ``texture_kept``
+        (B, K): how many columns smoothing leaves more than a thousandth of.
+    """
+    down = torch.fft.fftfreq(size[0], device=sd.device) * (2 * torch.pi)
+    across = torch.fft.rfftfreq(size[1], device=sd.device) * (2 * torch.pi)
+    transfer = gaussian_transfer(sd, across)
+    return Draw(
+        texture_rows=torch.polar(gaussian_transfer(sd, down), -shift[..., :1] * down)[..., None],
+        texture_columns=torch.polar(transfer, -shift[..., 1:] * across)[..., None, :],
+        texture_kept=(transfer > 1e-3).sum(-1),
+    )
+
+
+def smooth_textures(noise: Tensor, factors: Draw, rows: Sequence[slice]) -> Iterator[Tensor]:
     """One texture a class: white noise smoothed by the class's own discrete Gaussian, on a periodic image.
 
     All classes of a sample share one field of white noise, each shifted by an amount of its own, so that the textures
@@ -153,22 +178,17 @@ def smooth_textures(noise: Tensor, sd: Tensor, shift: Tensor, rows: Sequence[sli
 
     Args:
         noise: (B, H, W), standard normal.
-        sd: (B, K) of the smoothing, pixels; shift: (B, K, 2) rows and columns, whole pixels.
+        factors: Of the K classes, from :func:`texture_factors`.
         rows: The K rows of the image that are wanted of each class.
 
     Yields:
         (B, those rows, W) for each class in turn; the SD shrinks as the smoothing grows.
     """
-    height, width = noise.shape[-2:]
-    down = torch.fft.fftfreq(height, device=noise.device) * (2 * torch.pi)
-    across = torch.fft.rfftfreq(width, device=noise.device) * (2 * torch.pi)
-    transfer = gaussian_transfer(sd, across)  # (B, K, W // 2 + 1)
-    row_factor = torch.polar(gaussian_transfer(sd, down), -shift[..., :1] * down)[..., None]  # (B, K, H, 1)
-    column_factor = torch.polar(transfer, -shift[..., 1:] * across)[..., None, :]
-    kept = [len(across)] * sd.shape[1]
-    if noise.device.type == "cpu":  # skip what smoothing leaves a thousandth of; on a GPU, counting would mean waiting
-        kept = (transfer > 1e-3).sum(-1).amax(0).tolist()
     spectrum = torch.fft.rfft2(noise)
+    kept = [spectrum.shape[-1]] * len(rows)
+    if noise.device.type == "cpu":  # skip the columns that are next to nothing; on a GPU, counting would mean waiting
+        kept = factors.texture_kept.amax(0).tolist()
     for k, n in enumerate(kept):  # one at a time stays in a CPU's cache
-        product = (spectrum[..., :n] * row_factor[:, k]).mul_(column_factor[:, k, ..., :n])
-        yield torch.fft.irfft(torch.fft.ifft(product, dim=1)[:, rows[k]], n=width, dim=2)
+        product = spectrum[..., :n] * factors.texture_rows[:, k]
+        product = product.mul_(factors.texture_columns[:, k, ..., :n])
+        yield torch.fft.irfft(torch.fft.ifft(product, dim=1)[:, rows[k]], n=noise.shape[-1], dim=2)

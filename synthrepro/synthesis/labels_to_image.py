@@ -13,9 +13,8 @@ from synthrepro.errors import UserError
 from synthrepro.synthesis.deformation import (
     affine_matrix,
     integrate,
-    nearest,
-    sampling_positions,
-    smooth_displacement,
+    separable_positions,
+    warp,
 )
 from synthrepro.synthesis.draws import Draw, normal, pixel_generators, seeds, spawn, uniform
 from synthrepro.synthesis.fields import (
@@ -26,7 +25,9 @@ from synthrepro.synthesis.fields import (
     pick,
     resampling_matrix,
     smooth_textures,
+    smoothing_kernel,
     smoothing_matrix,
+    texture_factors,
 )
 
 Range = tuple[float, float]
@@ -61,7 +62,7 @@ class LabelsToImage:
     displacement_nodes: tuple[int, int] = (2, 10)
     """Fewest and most control points along an axis; between them the displacement is linear."""
     velocity: Range = OFF
-    """Elastic, second kind: SD of a stationary velocity, pixels, integrated to a diffeomorphism; the kinds add up."""
+    """Elastic, second kind: SD of a stationary velocity, pixels, integrated to a diffeomorphism."""
     velocity_scale: float = 0.04
     """Velocity control points a pixel."""
 
@@ -93,6 +94,8 @@ class LabelsToImage:
     """Quantiles that become 0 and 1: the lower of all pixels, the upper of all but an unfilled background."""
 
     def __post_init__(self) -> None:
+        if OFF not in (self.displacement, self.velocity):
+            raise UserError("displacement and velocity are two kinds of elastic deformation: leave one at (0, 0).")
         if self.generation_classes is not None and len(self.generation_classes) != self.classes:
             raise UserError(
                 f"generation_classes names {len(self.generation_classes)} Gaussians for {self.classes} label values: "
@@ -268,39 +271,53 @@ class LabelsToImage:
             UserError: The labels are not as :meth:`draw` wants them, or not as many as the draw has samples.
         """
         labels = self.deform(labels, draw)
-        return _each(self._intensities, labels, draw, torch.float32)[:, None], labels
+        return self._draw_images(labels, draw), labels
 
     @torch.no_grad()
     def deform(self, labels: Tensor, draw: Draw) -> Tensor:
         """Deformed label maps (B, H, W); arguments and errors as :meth:`apply`."""
         self._check(labels, draw)
-        return _each(self._deform, labels, draw, torch.int64)
+        return _each(warp, labels, self._positions(draw, labels.shape[1:]), torch.int64)
 
     @torch.no_grad()
     def intensities(self, labels: Tensor, draw: Draw) -> Tensor:
         """Images (B, 1, H, W) of label maps that are deformed already; arguments and errors as :meth:`apply`."""
         self._check(labels, draw)
-        return _each(self._intensities, labels, draw, torch.float32)[:, None]
+        return self._draw_images(labels, draw)
 
-    def _deform(self, labels: Tensor, draw: Draw) -> Tensor:
-        size = labels.shape[1:]
+    def _draw_images(self, labels: Tensor, draw: Draw) -> Tensor:
+        return _each(self._intensities, labels, self._factors(draw, labels.shape[1:]), torch.float32)[:, None]
+
+    def _positions(self, draw: Draw, size: torch.Size) -> Draw:
         fov = draw.affine.new_tensor(size)
-        affine = torch.cat([draw.affine[..., :2], draw.affine[..., 2:] * fov[:, None]], -1)
-        flow = draw.affine.new_zeros(len(labels), 2, *size)
-        if self.displacement != OFF:
-            controls = draw.displacement * fov[:, None, None]
-            flow = smooth_displacement(controls, draw.nodes, size)
+        controls, nodes = draw.displacement * fov[:, None, None], draw.nodes
         if self.velocity != OFF:
             controls = integrate(draw.velocity, size)
-            nodes = draw.nodes.new_tensor(controls.shape[2:])[None]
-            flow = flow + smooth_displacement(controls, nodes, size)
-        return nearest(labels, sampling_positions(affine, flow))
+            nodes = nodes.new_tensor(controls.shape[2:]).expand(len(nodes), -1)
+        return separable_positions(draw.affine[..., :2], draw.affine[..., 2] * fov, controls, nodes, size)
+
+    def _factors(self, draw: Draw, size: torch.Size) -> Draw:
+        """The draw and the small tensors that images of this size need, made for the whole batch at once."""
+        factors: dict[str, Tensor] = {}
+        if self.texture_fwhm != OFF:
+            first = 0 if self.fill_background else 1
+            shift = (draw.texture_shift * draw.texture_shift.new_tensor(size)).floor()
+            factors |= vars(texture_factors(draw.texture_sd[:, first:], shift[:, first:], size))
+        if self.bias != OFF:
+            for name, pixels, nodes in zip(("bias_rows", "bias_columns"), size, draw.bias.shape[1:], strict=True):
+                factors[name] = linear_weights(
+                    corner_positions(pixels, draw.gamma.new_full((len(draw),), nodes)), nodes
+                )
+        if self._resamples or self.blur_fwhm != OFF:
+            factors["row_kernel"] = smoothing_kernel(draw.blur_sd[:, 0], size[0])
+            factors["column_kernel"] = smoothing_kernel(draw.blur_sd[:, 1], size[1])
+        return Draw(**vars(draw), **factors)
 
     def _intensities(self, labels: Tensor, draw: Draw) -> Tensor:
         pixels = pixel_generators(draw.seed, labels.device)
         image = self._mixture(labels, draw, pixels)  # (B, H, W), as everything below
         if self.bias != OFF:
-            image = image.mul_(_bias_field(draw.bias, image.shape[1:]).exp_())
+            image = image.mul_(expand(draw.bias, draw.bias_rows, draw.bias_columns).exp_())
         image = image.clamp_(0, self.clip)
         image = _stretch(image, image.amin((1, 2)), image.amax((1, 2)))
         if self.gamma:
@@ -319,24 +336,20 @@ class LabelsToImage:
         if self.texture_fwhm == OFF:
             return pick(draw.mean, labels).addcmul_(pick(draw.sd, labels), noise)
         first = 0 if self.fill_background else 1
-        rows = _rows_of_classes(labels, self.classes)[first:]
-        shift = (draw.texture_shift * noise.new_tensor(noise.shape[1:])).floor()
-        textures = smooth_textures(noise, draw.texture_sd[:, first:], shift[:, first:], rows)
+        rows = _rows_of_classes(labels, self.classes)
         planes = noise.new_zeros(len(noise), self.classes, *noise.shape[1:])
-        for k, texture in enumerate(textures, first):
-            mean, sd = draw.mean[:, k, None, None], draw.sd[:, k, None, None]
-            planes[:, k, rows[k - first]] = texture.mul_(sd).add_(mean)
+        for k, texture in enumerate(smooth_textures(noise, draw, rows[first:]), first):
+            planes[:, k, rows[k]] = texture.mul_(draw.sd[:, k, None, None]).add_(draw.mean[:, k, None, None])
         return planes.gather(1, labels[:, None])[:, 0]
 
     def _resample(self, image: Tensor, draw: Draw) -> Tensor:
         if not self._resamples and self.blur_fwhm == OFF:
             return image
-        for axis in (1, 0):
-            sd, factor, size = draw.blur_sd[:, axis], draw.resolution[:, axis], image.shape[1 + axis]
+        for axis, kernel in ((1, draw.column_kernel), (0, draw.row_kernel)):
             if self._resamples:
-                matrix, reach = resampling_matrix(sd, factor, size), size
+                matrix, reach = resampling_matrix(kernel, draw.resolution[:, axis]), image.shape[1 + axis]
             else:
-                matrix, reach = smoothing_matrix(sd, size), math.ceil(6 * self.blur_fwhm[1] / FWHM) + 2
+                matrix, reach = smoothing_matrix(kernel), math.ceil(6 * self.blur_fwhm[1] / FWHM) + 2
             if axis == 1:
                 image = multiply_banded(matrix, image.mT, reach).mT
             else:
@@ -393,16 +406,7 @@ def _rows_of_classes(labels: Tensor, classes: int) -> list[slice]:
         return [slice(None)] * classes
     present = np.bitwise_or.reduce(np.left_shift(1, labels.numpy()), axis=(0, 2))  # a bit a class, for every row
     ranges = (np.flatnonzero(present >> k & 1) for k in range(classes))
-    return [slice(rows[0], rows[-1] + 1) if len(rows) else slice(0) for rows in ranges]
-
-
-def _bias_field(controls: Tensor, size: torch.Size) -> Tensor:
-    """Logarithm of the bias field, (B, H, W), of control points (B, n, m), the outer ones on the image's edges."""
-    rows, columns = (
-        linear_weights(corner_positions(size[axis], controls.new_tensor([count])), count)
-        for axis, count in enumerate(controls.shape[1:])
-    )
-    return expand(controls, rows, columns)
+    return [slice(rows[0], rows[-1] + 1) if len(rows) else slice(1) for rows in ranges]
 
 
 def _stretch(image: Tensor, low: Tensor, high: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ SOURCES = {
     "evidence/__init__.py": "from pkg.evidence import records\n",
     "evidence/records.py": "r = 1\n",
     "ground/__init__.py": '"""Ground."""\nfrom .noise import draw\n',
-    "ground/noise.py": "from ..deep import depth\ndef draw(n):\n    '''Draw n.'''\n    return n * depth\n",
+    "ground/noise.py": "from ..deep import depth\nspare = 1\ndef draw(n):\n    '''Draw n.'''\n    return n * depth\n",
     "ground/lazy.py": "value = 1\n",
     "ground/plain.py": "value = 1\n",
     "deep.py": "import pkg.paths\ndepth = 3\n",
@@ -19,7 +19,7 @@ SOURCES = {
     "methods/__init__.py": "",
     "methods/one.py": """
 import pkg.sub.inner
-from pkg.ground import plain
+from pkg.ground import draw, plain
 from pkg.evidence import records
 from pkg import cli
 
@@ -77,11 +77,11 @@ def test_comments_layout_and_docstrings_do_not_count(package, name, old, new):
         ("ground/noise.py", "n *", "n +"),  # through ground/__init__.py, a relative import
         ("deep.py", "3", "4"),  # at third hand, relative from the parent
         ("sub/inner.py", "1", "2"),  # import pkg.sub.inner
-        ("sub/__init__.py", "1", "2"),  # which runs pkg/sub/__init__.py first
-        ("__init__.py", "", "import pkg.unused\n"),
+        ("sub/__init__.py", "y = 1", "print(1)"),  # which runs pkg/sub/__init__.py first
+        ("__init__.py", "", "print(1)\n"),
     ],
 )
-def test_the_code_of_every_imported_module_counts(package, name, old, new):
+def test_the_code_of_whatever_a_module_imports_counts(package, name, old, new):
     assert changed(package, name, old, new)
 
 
@@ -89,6 +89,8 @@ def test_the_code_of_every_imported_module_counts(package, name, old, new):
     ("name", "old", "new"),
     [
         ("unused.py", "1", "2"),
+        ("__init__.py", "", "import pkg.unused\n"),
+        ("sub/__init__.py", "y = 1", "y = 2"),  # defined, and used by nobody
         ("evidence/__init__.py", "records", "records, files"),
         ("evidence/records.py", "1", "2"),
         ("cli.py", "pass", "return 1"),
@@ -106,7 +108,7 @@ def test_an_unknown_module_is_an_error(package):
 
 def test_one_source_has_one_fingerprint_on_every_python(package):
     # Syntax trees gain fields with new Pythons (type_params in 3.12); a record must not go stale by that.
-    assert fingerprint("pkg.methods.one", package) == "ae28867f3890bf50"
+    assert fingerprint("pkg.methods.one", package) == "3e6b6c781b0a247a"
 
 
 CHAPTER = """
@@ -164,11 +166,33 @@ def changed_experiments(package, name, old, new):
         ("methods/one.py", "return [spec]", "return []", ["second"]),
         ("methods/one.py", '"second": Exp', '"third": Experiment("third", "", 0, 0, shared, 0), "second": Exp', []),
         ("ground/noise.py", "n * depth", "n + depth", ["second"]),
+        ("ground/noise.py", "spare = 1", "spare = 2", []),  # beside what is used, in another module
+        ("ground/noise.py", "from ..deep import depth", "from ..deep import depth, other", []),
+        ("ground/noise.py", "from ..deep import depth", "from ..sub import y as depth", ["second"]),
+        ("ground/__init__.py", "import draw", "import draw, spare", []),
         ("deep.py", "depth = 3", "depth = 4", ["first", "second"]),
+        ("deep.py", "depth = 3", "depth = 3\nother = 4", []),
+        ("deep.py", "depth = 3", "depth = 3\ndepth += 4", ["first", "second"]),
     ],
 )
 def test_an_experiment_counts_what_its_run_function_reaches(package, name, old, new, touched):
     assert changed_experiments(package, name, old, new) == touched
+
+
+def test_the_reader_of_the_task_counts_and_no_other_does(package):
+    (package / "methods/one.py").write_text(CHAPTER)
+    (package / "data").mkdir()
+    (package / "data/__init__.py").write_text("")
+    for task in ("brain_a", "brain_b"):
+        (package / f"data/{task}.py").write_text("from pkg.deep import depth\ndef load():\n    return 1\n")
+
+    def codes():
+        return {t: fingerprint("pkg.methods.one", package, "first", t) for t in ("brain-a", "brain-b", "other", None)}
+
+    before = codes()
+    assert before["other"] == before[None] != before["brain-a"]
+    (package / "data/brain_a.py").write_text("def load():\n    return 2\n")
+    assert [task for task, code in codes().items() if code != before[task]] == ["brain-a"]
 
 
 def test_a_function_counts_what_it_reaches_whatever_experiment_uses_it(package):

@@ -3,35 +3,45 @@ import math
 import pytest
 import torch
 
-from synthrepro.synthesis.deformation import (
-    affine_matrix,
-    integrate,
-    nearest,
-    sampling_positions,
-    smooth_displacement,
-)
+from synthrepro.synthesis.deformation import affine_matrix, integrate, separable_positions, warp
+from synthrepro.synthesis.fields import expand
 
 
-def warp(labels: torch.Tensor, affine: list[list[float]]) -> torch.Tensor:
-    positions = sampling_positions(torch.tensor([affine]).float(), torch.zeros(1, 2, *labels.shape))
-    return nearest(labels[None], positions)[0]
+def displace(labels: torch.Tensor, affine: list[list[float]], controls: torch.Tensor) -> torch.Tensor:
+    """One label map, warped by an affine map in pixels and control points (2, n, m)."""
+    matrix = torch.tensor([affine]).float()
+    nodes = torch.tensor([controls.shape[1:]]).float()
+    positions = separable_positions(matrix[..., :2], matrix[..., 2], controls[None], nodes, labels.shape)
+    return warp(labels[None], positions)[0]
+
+
+def move(labels: torch.Tensor, affine: list[list[float]]) -> torch.Tensor:
+    return displace(labels, affine, torch.zeros(2, 2, 2))
+
+
+def field(controls: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Displacement (B, 2, H, W) of control points (B, 2, n, m)."""
+    count = len(controls)
+    nodes = torch.tensor([controls.shape[2:]]).float().expand(count, -1)
+    p = separable_positions(torch.zeros(count, 2, 2), torch.zeros(count, 2), controls, nodes, size)
+    return expand(p.controls, p.rows, p.columns)
 
 
 def test_identity_leaves_labels_alone():
     labels = torch.arange(12).reshape(3, 4)
-    assert torch.equal(warp(labels, [[1, 0, 0], [0, 1, 0]]), labels)
+    assert torch.equal(move(labels, [[1, 0, 0], [0, 1, 0]]), labels)
 
 
 def test_translation_moves_by_whole_pixels_and_repeats_the_edge():
     labels = torch.arange(12).reshape(3, 4)
     expected = labels[[1, 2, 2]][:, [0, 0, 0, 1]]
-    assert torch.equal(warp(labels, [[1, 0, 1], [0, 1, -2]]), expected)
+    assert torch.equal(move(labels, [[1, 0, 1], [0, 1, -2]]), expected)
 
 
 def test_rotation_by_a_quarter_turn_is_rot90():
     labels = torch.arange(25).reshape(5, 5)
     matrix = affine_matrix(torch.tensor([90.0]), torch.zeros(1), torch.zeros(1, 2))
-    turned = warp(labels, torch.cat([matrix[0], torch.zeros(2, 1)], 1).tolist())
+    turned = move(labels, torch.cat([matrix[0], torch.zeros(2, 1)], 1).tolist())
     assert torch.equal(turned, labels.rot90())
 
 
@@ -46,21 +56,21 @@ def test_affine_matrix_is_rotation_shear_zoom():
 
 
 def test_displacement_is_added_where_it_is():
-    displacement = torch.zeros(1, 2, 4, 4)
-    displacement[0, 1, 2, 1] = 2.0  # the pixel (2, 1) comes from (2, 3)
-    labels = torch.arange(16).reshape(1, 4, 4)
-    warped = nearest(labels, sampling_positions(torch.eye(2, 3)[None], displacement))
-    changed = warped != labels
-    assert changed.nonzero().tolist() == [[0, 2, 1]]
-    assert warped[0, 2, 1] == labels[0, 2, 3]
+    controls = torch.zeros(2, 4, 4)
+    controls[1, 2, 1] = 2.0  # the pixel (2, 1) comes from (2, 3)
+    labels = torch.arange(16).reshape(4, 4)
+    warped = displace(labels, [[1, 0, 0], [0, 1, 0]], controls)
+    assert (warped != labels).nonzero().tolist() == [[2, 1]]
+    assert warped[2, 1] == labels[2, 3]
 
 
-def test_smooth_displacement_reaches_its_control_points():
+def test_a_displacement_is_linear_between_control_points():
     controls = torch.zeros(1, 2, 5, 5)
     controls[0, 0, 1, 2] = 3.0
-    field = smooth_displacement(controls, torch.tensor([[5.0, 5.0]]), (17, 17))
-    assert field.max() == field[0, 0, 4, 8] == 3.0
-    assert field[0, 1].abs().max() == 0
+    displacement = field(controls, (17, 17))
+    assert displacement.max() == displacement[0, 0, 4, 8] == 3.0
+    assert displacement[0, 0, 2, 8] == 1.5
+    assert displacement[0, 1].abs().max() == 0
 
 
 def test_a_constant_velocity_displaces_by_itself():
@@ -85,8 +95,8 @@ def test_integration_solves_the_flow_of_a_linear_velocity():
 def test_integrated_velocities_do_not_fold(sd):
     velocity = sd * torch.randn(8, 2, 11, 11, generator=torch.Generator().manual_seed(0))
     flow = integrate(velocity, (256, 256))
-    field = smooth_displacement(flow, torch.tensor([flow.shape[2:]]).float(), (256, 256))
+    displacement = field(flow, (256, 256))
     rows, columns = torch.arange(256.0)[:, None], torch.arange(256.0)
-    y, x = field[:, 0] + rows, field[:, 1] + columns
+    y, x = displacement[:, 0] + rows, displacement[:, 1] + columns
     jacobian = y.diff(dim=1)[:, :, 1:] * x.diff(dim=2)[:, 1:] - y.diff(dim=2)[:, 1:] * x.diff(dim=1)[:, :, 1:]
     assert (jacobian <= 0).float().mean() < 1e-4

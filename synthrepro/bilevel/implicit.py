@@ -1,0 +1,281 @@
+r"""Hypergradients by the implicit function theorem, at a solution of the inner problem.
+
+Where the inner problem is solved, :math:`\nabla_\phi L_\text{inner}(\phi^*(\theta), \theta) = 0`, the path of the
+optimiser no longer matters:
+
+.. math::
+
+    h = \frac{d}{d\theta} L_\text{outer}(\phi^*(\theta), \theta)
+      = \frac{\partial L_\text{outer}}{\partial\theta}
+      - \Bigl(\frac{\partial^2 L_\text{inner}}{\partial\phi\,\partial\theta}\Bigr)^{\!\top} x, \qquad
+    H x = v, \qquad
+    H = \frac{\partial^2 L_\text{inner}}{\partial\phi^2}, \quad v = \frac{\partial L_\text{outer}}{\partial\phi} .
+
+Neither matrix is formed: the inner gradient is computed once with its graph, and each product with :math:`H` is one
+vector-Jacobian product of it, at constant memory and with the same batch, noise and dropout each time. Two ways to
+solve for x:
+
+- :func:`conjugate_gradient` (Pedregosa 2016; Rajeswaran et al. 2019) needs :math:`H + \lambda I` positive definite
+  and few products;
+- :func:`neumann` (Lorraine et al. 2020, algorithm 3) sums a geometric series and needs a learning rate. Its sum of J
+  terms is, at a solution, what J steps of gradient descent with that learning rate give (:func:`unrolled`).
+
+The theorem asks for a solution. At a network that is still learning these are estimates of unknown error, and an
+indefinite H, which a network has until late, breaks both solvers; they say so with a warning. The residual that comes
+back is that of the linear system alone and says nothing of how far the inner problem is from solved.
+
+Weight decay belongs to H: put it into the inner loss, or, for one coefficient, into ``damping``. Released code has
+differed: algorithm 3 as printed leaves out the learning rate in front of the sum, and the conjugate gradients of
+``hypergrad`` 0.0.1 update their direction with the old residual.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .hypergradient import Gradients, Loss, Step, _for_params, _gradients, _leaves, _scalar, _total
+from .updates import State, Tensors, Update
+
+
+class NotConverged(RuntimeWarning):
+    """The linear system behind an implicit hypergradient is not solved; the message has the relative residual."""
+
+
+@dataclass(frozen=True)
+class Implicit:
+    """An implicit hypergradient and how well its linear system was solved; every tensor is detached.
+
+    Attributes:
+        hypergradient: Derivative of the outer loss, the direct part included; named and shaped like ``hparams``.
+        inner_loss: Inner loss at the given parameters, a scalar.
+        outer_loss: Outer loss at the given parameters, a scalar.
+        residual: ``|(H + damping I) x - v| / |v|``, computed from x itself; 0 if v is zero. It is 1 where nothing is
+            solved (x = 0), and above 1 where a series diverges.
+        iterations: Products with H that the solver took; one more, for the residual, is not counted.
+    """
+
+    hypergradient: Tensors
+    inner_loss: Tensor
+    outer_loss: Tensor
+    residual: float
+    iterations: int
+
+
+def neumann(
+    inner_loss: Loss, outer_loss: Loss, params: Tensors, hparams: Tensors, *, terms: int, lr: float
+) -> Implicit:
+    r"""Implicit hypergradient by a truncated Neumann series (Lorraine et al. 2020).
+
+    .. math:: x = \eta \sum_{j=0}^{J-1} (I - \eta H)^j\, v
+
+    It converges where every eigenvalue of H lies between 0 and :math:`2/\eta`, and its residual is then the length of
+    :math:`(I - \eta H)^J v` over that of v. One term is the estimate of Luketina et al. (2016), H replaced by
+    :math:`I/\eta`; no product with H is needed for it.
+
+    Args:
+        inner_loss: ``(params, hparams) -> scalar``, the loss that the parameters minimise.
+        outer_loss: ``(params, hparams) -> scalar``.
+        params: Named tensors, any shapes, floating point, at a minimum of the inner loss; not written to.
+        hparams: Named tensors, any shapes, floating point; not written to.
+        terms: Number J of terms, at least 1.
+        lr: Learning rate :math:`\eta` of the series, in general that of the inner optimiser.
+
+    Warns:
+        NotConverged: The residual is above 1: the series diverges, and more terms make it worse.
+
+    Raises:
+        ValueError: Fewer than one term, a learning rate that is not positive, or a series that overflows; else as in
+            :func:`~synthrepro.bilevel.hypergradient`.
+    """
+    if terms < 1:
+        raise ValueError(f"The Neumann series needs at least one term, not {terms}.")
+    if not lr > 0:
+        raise ValueError(f"The learning rate of the Neumann series must be positive, not {lr}.")
+    at = _linearised(inner_loss, outer_loss, params, hparams)
+    term = lr * at.v
+    x = term
+    for _ in range(terms - 1):
+        term = term - lr * at.product(term)
+        x = x + term
+    found = at.solved(x, 0.0, terms - 1)
+    remedy = f"an eigenvalue of the inner Hessian is negative or above 2 / lr = {2 / lr:.3g}: lower lr"
+    if not found.residual < float("inf"):
+        raise ValueError(f"The Neumann series overflows within {terms} terms: {remedy}, or take fewer terms.")
+    if found.residual > 1 + 1e-3:  # 1 itself, up to rounding, is a v that H does not reach
+        _warn(
+            f"The Neumann series diverges, relative residual {found.residual:.3g} after {terms} terms: "
+            f"{remedy}, or train the inner problem further."
+        )
+    return found
+
+
+def conjugate_gradient(
+    inner_loss: Loss,
+    outer_loss: Loss,
+    params: Tensors,
+    hparams: Tensors,
+    *,
+    damping: float = 0.0,
+    tolerance: float,
+    iterations: int,
+) -> Implicit:
+    r"""Implicit hypergradient by conjugate gradients on :math:`(H + \lambda I)\, x = v`, from x = 0.
+
+    Args:
+        inner_loss: ``(params, hparams) -> scalar``, the loss that the parameters minimise.
+        outer_loss: ``(params, hparams) -> scalar``.
+        params: Named tensors, any shapes, floating point, at a minimum of the inner loss; not written to.
+        hparams: Named tensors, any shapes, floating point; not written to.
+        damping: :math:`\lambda`, at least 0. It biases the hypergradient unless it stands for a term of the inner
+            problem, as a weight decay or a proximal term (Rajeswaran et al. 2019) that the inner loss leaves out.
+        tolerance: Relative residual to stop at, at least 0.
+        iterations: Largest number of products with H, at least 1.
+
+    Warns:
+        NotConverged: The tolerance was not reached: too few iterations, a direction without positive curvature (the
+            solver stops there: H + damping I is not positive definite), or rounding. The estimate is then from x as
+            far as it got; without positive curvature along v itself, x is 0 and the direct part is all that is left.
+
+    Raises:
+        ValueError: An option out of range; else as in :func:`~synthrepro.bilevel.hypergradient`.
+    """
+    if not damping >= 0:
+        raise ValueError(f"The damping of conjugate gradients must be at least 0, not {damping}.")
+    if not tolerance >= 0:
+        raise ValueError(f"The tolerance of conjugate gradients must be at least 0, not {tolerance}.")
+    if iterations < 1:
+        raise ValueError(f"Conjugate gradients need at least one iteration, not {iterations}.")
+    at = _linearised(inner_loss, outer_loss, params, hparams)
+    x, r = torch.zeros_like(at.v), at.v
+    p, rr = r, float(r @ r)
+    goal = tolerance * rr**0.5
+    taken, curvature = 0, 1.0
+    while rr**0.5 > goal and taken < iterations:
+        hp = at.product(p) + damping * p
+        taken += 1
+        curvature = float(p @ hp)
+        if not curvature > 0:
+            break
+        step = rr / curvature
+        x, r = x + step * p, r - step * hp
+        rr, before = float(r @ r), rr
+        p = r + rr / before * p
+    found = at.solved(x, damping, taken)
+    if not curvature > 0:
+        _warn(
+            f"Conjugate gradients stopped at iteration {taken} with a relative residual of {found.residual:.3g}, at a "
+            f"direction of curvature {curvature / float(p @ p):.3g}: the inner Hessian is not positive definite there; "
+            "train the inner problem further, or give more damping."
+        )
+    elif rr**0.5 > goal:
+        _warn(
+            f"Conjugate gradients stopped after {taken} iterations with a relative residual of {found.residual:.3g}, "
+            f"above the tolerance of {tolerance:.3g}: give more iterations or more damping."
+        )
+    elif found.residual > 2 * tolerance:  # r is a running sum and drifts away from v - (H + damping I) x
+        _warn(
+            f"Conjugate gradients have a relative residual of {found.residual:.3g} where they reckon {tolerance:.3g}: "
+            f"{at.v.dtype} holds no more digits; give a larger tolerance, or parameters in float64."
+        )
+    return found
+
+
+def after_step(solver: Callable[[Loss, Loss, Tensors, Tensors], Implicit]) -> Callable[..., Step]:
+    """Make an implicit hypergradient an estimator for :func:`~synthrepro.bilevel.hypergradient`.
+
+    The estimator takes an ordinary inner step and gives the implicit hypergradient at the parameters after it, on the
+    same inner loss: one inner step to each outer step, as Lorraine et al. (2020) train. The inner loss is evaluated
+    twice; if it draws randomness inside, the two draws differ, which biases nothing.
+
+    Args:
+        solver: ``(inner_loss, outer_loss, params, hparams) -> Implicit``, for instance
+            ``functools.partial(neumann, terms=5, lr=0.1)``.
+
+    Example:
+        ``hypergradient(..., estimator=after_step(partial(neumann, terms=5, lr=0.1)))``
+    """
+
+    def estimator(
+        inner_loss: Loss, outer_loss: Loss, params: Tensors, hparams: Tensors, update: Update, state: State
+    ) -> Step:
+        inner, g = _inner_gradient(inner_loss, params, hparams)
+        stepped, new_state = update.step({name: p.detach() for name, p in params.items()}, g, state)
+        found = solver(inner_loss, outer_loss, stepped, hparams)
+        return Step(found.hypergradient, stepped, new_state, inner, found.outer_loss)
+
+    return estimator
+
+
+@torch.enable_grad()
+def _inner_gradient(inner_loss: Loss, params: Tensors, hparams: Tensors) -> tuple[Tensor, Tensors]:
+    params = _leaves(params)
+    inner = _scalar(inner_loss(params, {name: h.detach() for name, h in hparams.items()}), "inner")
+    return inner.detach(), _for_params(_gradients([inner], params.values()), params, "inner")
+
+
+@dataclass(frozen=True)
+class _Linearised:
+    """Inner gradient, with its graph, and outer gradient at one point; vectors of all parameters together are flat."""
+
+    params: Tensors
+    hparams: Tensors
+    g: Tensors
+    inner: Tensor
+    outer: Tensor
+    v: Tensor  # (n,) d outer / d phi
+    direct: Gradients  # d outer / d theta
+
+    def product(self, x: Tensor) -> Tensor:
+        """H x, shape (n,)."""
+        return self._flat(self._through(x, list(self.params.values()), keep=True))
+
+    def solved(self, x: Tensor, damping: float, iterations: int) -> Implicit:
+        """The hypergradient that x gives. One pass gives H x as well, hence the residual; it frees the graph."""
+        both = self._through(x, [*self.hparams.values(), *self.params.values()], keep=False)
+        indirect: Gradients = [None if d is None else -d for d in both[: len(self.hparams)]]
+        error = self._flat(both[len(self.hparams) :]) + damping * x - self.v
+        length = float(self.v.norm())
+        return Implicit(
+            hypergradient=_total(self.hparams, self.direct, indirect),
+            inner_loss=self.inner,
+            outer_loss=self.outer,
+            residual=float(error.norm()) / length if length else 0.0,
+            iterations=iterations,
+        )
+
+    def _through(self, x: Tensor, inputs: list[Tensor], *, keep: bool) -> Gradients:
+        """Vector-Jacobian product of the inner gradient with x; the Hessian is symmetric."""
+        sizes = [p.numel() for p in self.params.values()]
+        parts = {n: part.view_as(p).to(p) for (n, p), part in zip(self.params.items(), x.split(sizes), strict=True)}
+        linked = [name for name in self.g if self.g[name].requires_grad]
+        if not linked:
+            return [None] * len(inputs)
+        g, weights = [self.g[name] for name in linked], [parts[name] for name in linked]
+        return list(torch.autograd.grad(g, inputs, weights, retain_graph=keep, allow_unused=True))
+
+    def _flat(self, gradients: Gradients) -> Tensor:
+        like = zip(self.params.values(), gradients, strict=True)
+        return _flattened([torch.zeros_like(p) if d is None else d for p, d in like])
+
+
+@torch.enable_grad()
+def _linearised(inner_loss: Loss, outer_loss: Loss, params: Tensors, hparams: Tensors) -> _Linearised:
+    params, hparams = _leaves(params), _leaves(hparams)
+    outer = _scalar(outer_loss(params, hparams), "outer")
+    both = _gradients([outer], [*params.values(), *hparams.values()])
+    v = _for_params(both[: len(params)], params, "outer")
+    inner = _scalar(inner_loss(params, hparams), "inner")
+    g = _for_params(_gradients([inner], params.values(), create_graph=True), params, "inner")
+    flat = _flattened(list(v.values()))
+    return _Linearised(params, hparams, g, inner.detach(), outer.detach(), flat, both[len(params) :])
+
+
+def _flattened(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([t.detach().reshape(-1) for t in tensors])
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, NotConverged, stacklevel=3)  # the line that called the solver
