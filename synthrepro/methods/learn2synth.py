@@ -14,7 +14,9 @@ of per batch, a decaying learning rate for the augmenter, aligned images and lab
 double the image.
 """
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -327,11 +329,16 @@ def trivial_dice(task: Task, split: str) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class NoiseRecovery(Settings):
-    """Configuration of `noise_recovery`."""
+class KnownTargets(Settings):
+    """How a network is trained against targets whose noise and field are known."""
 
     anatomy: Anatomy
     bias_noise: str  # noise preset of the cells that learn exponents
+
+
+class NoiseRecovery(KnownTargets):
+    """Configuration of `noise_recovery`."""
+
     noises: tuple[str, ...] = Field(exclude=True)
     exponents: tuple[str, ...] = Field(exclude=True)
     seeds: int = Field(exclude=True)
@@ -353,29 +360,56 @@ def noise_recovery_cells(config: NoiseRecovery) -> list[Cell]:
     return found
 
 
+def train_on_known(spec: dict[str, Any], folder: Path, context: Context) -> None:
+    """Artefact `on_known`: a network trained against targets of known noise (and field), and the augmenter's trail.
+
+    Args:
+        spec: method (``fixed``, ``range``, ``bias``, or ``synthseg``: no augmenter at all), task, seed, setting
+            (``noise``; or ``exponents`` and ``start``), config (:class:`KnownTargets`).
+        folder: Gets ``network.pt`` and ``trail.json``.
+    """
+    config = KnownTargets(**spec["config"])
+    task = load_task(spec["task"], **config.anatomy.model_dump())
+    device, seed, setting = context.device, spec["seed"], spec["setting"]
+    network = network_for(task, config, seed, device)
+    halves = Halves(task, generator(task, config.anatomy), config.batch, seed, device)
+    trail: list[dict[str, float]] = []
+    if spec["method"] == "synthseg":
+        fit(network, halves.synthetic, config, seed, context)
+    else:
+        start = stream(seed, "augmenter")
+        noise_model = GaussianNoise("range" if spec["method"] == "range" else "fixed", generator=start)
+        augmenter: Augmenter = noise_model
+        if spec["method"] == "bias":
+            first = STARTS[setting["start"]]
+            augmenter = Parametric(IntensityNonUniformity(exponents=(first, first, first)), noise_model)
+        degrade = degrader(setting.get("noise", config.bias_noise), setting.get("exponents")).to(device)
+        targets = halves.target(degrade)
+        trail = learn2synth(network, augmenter.to(device), halves.synthetic, targets, config, seed, context)
+    torch.save(network.state_dict(), folder / "network.pt")
+    (folder / "trail.json").write_text(json.dumps(trail))
+
+
+def on_known(cell: Cell, config: KnownTargets, context: Context) -> tuple[nn.Module, list[dict[str, float]]]:
+    """The network and the trail of `train_on_known`, trained now if they are not there yet."""
+    shared = config.model_dump(mode="json", include=set(KnownTargets.model_fields))
+    spec = {"method": cell.method, "task": cell.task, "seed": cell.seed, "setting": dict(cell.setting)}
+    folder = context.artefact("on_known", spec | {"config": shared})
+    network = network_for(load_task(cell.task, **config.anatomy.model_dump()), config, cell.seed, context.device)
+    network.load_state_dict(torch.load(folder / "network.pt", map_location=context.device, weights_only=True))
+    return network, json.loads((folder / "trail.json").read_text())
+
+
 def noise_recovery_run(cell: Cell, config: NoiseRecovery, context: Context) -> Result:
     """Learn an augmenter against targets of known noise (and field), and see whether it finds them.
 
     What is learned is the mean of the last fifth of the iterates, as the authors average five checkpoints.
     """
     task = context.data(load_task(cell.task, **config.anatomy.model_dump()))
-    device = context.device
-    start = stream(cell.seed, "augmenter")
-    noise = str(cell.setting.get("noise", config.bias_noise))
-    degrade = degrader(noise, cell.setting.get("exponents")).to(device)  # type: ignore[arg-type]
-    noise_model = GaussianNoise("range" if cell.method == "range" else "fixed", generator=start)
-    augmenter: Augmenter = noise_model
-    if cell.method == "bias":
-        first = STARTS[str(cell.setting["start"])]
-        augmenter = Parametric(IntensityNonUniformity(exponents=(first, first, first)), noise_model)
-    augmenter = augmenter.to(device)
-
-    network = network_for(task, config, cell.seed, device)
-    halves = Halves(task, generator(task, config.anatomy), config.batch, cell.seed, device)
-    trail = learn2synth(network, augmenter, halves.synthetic, halves.target(degrade), config, cell.seed, context)
-
+    network, trail = on_known(cell, config, context)
     tail = trail[-max(1, len(trail) // 5) :]
     learned = {name: float(np.mean([point[name] for point in tail])) for name in tail[0]}
+    noise = str(cell.setting.get("noise", config.bias_noise))
     low, high = noise_level(noise)
     metrics: dict[str, Any] = {"preset": low if low == high else (low + high) / 2}
     if cell.method == "range":
@@ -395,12 +429,48 @@ def noise_recovery_run(cell: Cell, config: NoiseRecovery, context: Context) -> R
     every = max(1, len(trail) // 50)
     metrics |= {f"trail_{name}": [round(point[name], 5) for point in trail[::every]] for name in trail[0]}
 
-    x, y = target_set(task, halves.synthesis, degrade, device)
+    degrade = degrader(noise, cell.setting.get("exponents")).to(context.device)  # type: ignore[arg-type]
+    x, y = target_set(task, generator(task, config.anatomy), degrade, context.device)
     subjects = task.splits["test"].subjects
     found = cases(segment(network, x).cpu(), y.cpu(), subjects, "test", task.classes, config.anatomy.spacing)
     metrics["dice_real"] = float(np.nanmean([case["dice"] for case in found]))
     metrics["dice_trivial"] = trivial_dice(task, "test")
     return Result(metrics, found)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Experiment: noise_matrix
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class NoiseMatrix(KnownTargets):
+    """Configuration of `noise_matrix`: the networks of `noise_recovery`, each tested at every noise."""
+
+    test_noises: tuple[str, ...]
+    noises: tuple[str, ...] = Field(exclude=True)  # trained at
+    seeds: int = Field(exclude=True)
+
+
+def noise_matrix_cells(config: NoiseMatrix) -> list[Cell]:
+    """Learn2Synth at each noise, then SynthSeg with no noise at all."""
+    seeds = range(config.seeds)
+    found = [Cell("fixed", "brain-mni", seed, {"noise": noise}) for noise in config.noises for seed in seeds]
+    return found + [Cell("synthseg", "brain-mni", seed) for seed in seeds]
+
+
+def noise_matrix_run(cell: Cell, config: NoiseMatrix, context: Context) -> Result:
+    """Dice of one trained network on the test label maps' images at every noise; a split a noise."""
+    task = context.data(load_task(cell.task, **config.anatomy.model_dump()))
+    network, _ = on_known(cell, config, context)
+    metrics, found = {}, []
+    for noise in config.test_noises:
+        degrade = degrader(noise).to(context.device)
+        x, y = target_set(task, generator(task, config.anatomy), degrade, context.device)
+        maps, subjects = segment(network, x).cpu(), task.splits["test"].subjects
+        rows = cases(maps, y.cpu(), subjects, f"noise-{noise}", task.classes, config.anatomy.spacing)
+        metrics[f"dice noise-{noise}"] = float(np.nanmean([row["dice"] for row in rows]))
+        found += rows
+    return Result(metrics | {"dice_trivial": trivial_dice(task, "test")}, found)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -621,6 +691,7 @@ EXPERIMENTS = {
             noise_recovery_cells,
             noise_recovery_run,
             lambda cell, config: config.steps,
+            {"on_known": train_on_known},
         ),
         Experiment(  # the same, but logits of exponents have further to go than noise: another rate for the augmenter
             "exponent_recovery",
@@ -629,6 +700,16 @@ EXPERIMENTS = {
             noise_recovery_cells,
             noise_recovery_run,
             lambda cell, config: config.steps,
+            {"on_known": train_on_known},
+        ),
+        Experiment(
+            "noise_matrix",
+            "Dice of networks trained at one noise and tested at another",
+            NoiseMatrix,
+            noise_matrix_cells,
+            noise_matrix_run,
+            lambda cell, config: config.steps,
+            {"on_known": train_on_known},
         ),
         Experiment(
             "in_domain",
