@@ -1,0 +1,128 @@
+r"""Learn2Synth: learning how to augment synthetic images with hypergradients of the loss on real ones.
+
+Hu, Zeng, Puonti, Iglesias, Fischl and Balbastre, ICCV 2025 (arXiv 2411.16719). A segmentation network
+:math:`S_\phi` only ever trains on synthetic images that an augmenter :math:`A_\theta` has touched up; after each step
+the loss on real images says how the augmenter should have done it:
+
+.. math::
+
+    \phi^* = U\bigl(\phi, \nabla_\phi L(S_\phi(A_\theta(x)), y)\bigr), \qquad
+    \theta \leftarrow \theta - \eta\,\frac{d}{d\theta} L\bigl(S_{\phi^*}(x_\text{real}), y_\text{real}\bigr) .
+
+What differs from the released code, and why, is in the chapter; in short: one set of random fields per image instead
+of per batch, a decaying learning rate for the augmenter, aligned images and labels, and no residual ``+ x`` that would
+double the image.
+"""
+
+from synthrepro.evidence import Experiment
+from synthrepro.methods.learn2synth.algorithm import (
+    Settings,
+    fit,
+    inner_update,
+    learn2synth,
+    learn2synth_step,
+    plain_step,
+    scalars,
+)
+from synthrepro.methods.learn2synth.known import (
+    STARTS,
+    Anatomy,
+    ExponentsFromImages,
+    Halves,
+    NoiseMatrix,
+    NoiseRecovery,
+    RiskProfile,
+    degrader,
+    exponent_values,
+    exponents_from_images_cells,
+    exponents_from_images_run,
+    field_energies,
+    generator,
+    network_for,
+    noise_level,
+    noise_matrix_cells,
+    noise_matrix_run,
+    noise_recovery_cells,
+    noise_recovery_run,
+    risk_profile_cells,
+    risk_profile_run,
+    target_set,
+    train_on_known,
+    trivial_dice,
+)
+
+__all__ = [
+    "EXPERIMENTS",
+    "STARTS",
+    "Anatomy",
+    "ExponentsFromImages",
+    "Halves",
+    "NoiseMatrix",
+    "NoiseRecovery",
+    "RiskProfile",
+    "Settings",
+    "degrader",
+    "exponent_values",
+    "field_energies",
+    "fit",
+    "generator",
+    "inner_update",
+    "learn2synth",
+    "learn2synth_step",
+    "network_for",
+    "noise_level",
+    "plain_step",
+    "scalars",
+    "target_set",
+    "train_on_known",
+    "trivial_dice",
+]
+
+EXPERIMENTS = {
+    e.name: e
+    for e in (
+        Experiment(
+            "noise_recovery",
+            "Is the noise of the real images found again?",
+            NoiseRecovery,
+            noise_recovery_cells,
+            noise_recovery_run,
+            lambda cell, config: config.steps,
+            {"on_known": train_on_known},
+        ),
+        Experiment(  # the same, but logits of exponents have further to go than noise: another rate for the augmenter
+            "exponent_recovery",
+            "Is the field strength of the real images found again?",
+            NoiseRecovery,
+            noise_recovery_cells,
+            noise_recovery_run,
+            lambda cell, config: config.steps,
+            {"on_known": train_on_known},
+        ),
+        Experiment(
+            "noise_matrix",
+            "Dice of networks trained at one noise and tested at another",
+            NoiseMatrix,
+            noise_matrix_cells,
+            noise_matrix_run,
+            lambda cell, config: config.steps,
+            {"on_known": train_on_known},
+        ),
+        Experiment(
+            "risk_profile",
+            "How the risk on real images depends on the augmentation trained with",
+            RiskProfile,
+            risk_profile_cells,
+            risk_profile_run,
+            lambda cell, config: config.steps,
+        ),
+        Experiment(
+            "exponents_from_images",
+            "The same exponents, estimated from the images themselves",
+            ExponentsFromImages,
+            exponents_from_images_cells,
+            exponents_from_images_run,
+            lambda cell, config: 0,
+        ),
+    )
+}
