@@ -25,8 +25,8 @@ indefinite H, which a network has until late, breaks both solvers; they say so w
 back is that of the linear system alone and says nothing of how far the inner problem is from solved.
 
 Weight decay belongs to H: put it into the inner loss, or, for one coefficient, into ``damping``. Released code has
-differed: algorithm 3 as printed leaves out the learning rate in front of the sum, and the conjugate gradients of
-``hypergrad`` 0.0.1 update their direction with the old residual.
+differed: the conjugate gradients of ``hypergrad`` 0.0.1 update their direction with the old residual and stay half a
+hypergradient off however many iterations they take.
 """
 
 import warnings
@@ -36,7 +36,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .hypergradient import Gradients, Loss, Step, _for_params, _gradients, _leaves, _scalar, _total
+from .hypergradient import (
+    Gradients,
+    Loss,
+    Step,
+    _check_like,
+    _detached,
+    _for_params,
+    _gradients,
+    _leaves,
+    _scalar,
+    _total,
+)
 from .updates import State, Tensors, Update
 
 
@@ -52,8 +63,7 @@ class Implicit:
         hypergradient: Derivative of the outer loss, the direct part included; named and shaped like ``hparams``.
         inner_loss: Inner loss at the given parameters, a scalar.
         outer_loss: Outer loss at the given parameters, a scalar.
-        residual: ``|(H + damping I) x - v| / |v|``, computed from x itself; 0 if v is zero. It is 1 where nothing is
-            solved (x = 0), and above 1 where a series diverges.
+        residual: ``|(H + damping I) x - v| / |v|``, computed from x itself; 0 if v is zero, 1 if x is.
         iterations: Products with H that the solver took; one more, for the residual, is not counted.
     """
 
@@ -167,7 +177,7 @@ def conjugate_gradient(
     if not curvature > 0:
         _warn(
             f"Conjugate gradients stopped at iteration {taken} with a relative residual of {found.residual:.3g}, at a "
-            f"direction of curvature {curvature / float(p @ p):.3g}: the inner Hessian is not positive definite there; "
+            f"direction of curvature {curvature / float(p @ p) - damping:.3g}, not above -damping = {0.0 - damping:.3g}: "
             "train the inner problem further, or give more damping."
         )
     elif rr**0.5 > goal:
@@ -187,8 +197,9 @@ def after_step(solver: Callable[[Loss, Loss, Tensors, Tensors], Implicit]) -> Ca
     """Make an implicit hypergradient an estimator for :func:`~synthrepro.bilevel.hypergradient`.
 
     The estimator takes an ordinary inner step and gives the implicit hypergradient at the parameters after it, on the
-    same inner loss: one inner step to each outer step, as Lorraine et al. (2020) train. The inner loss is evaluated
-    twice; if it draws randomness inside, the two draws differ, which biases nothing.
+    same inner loss: Lorraine et al. (2020), algorithm 1, with one inner step to each outer step. The inner loss is
+    evaluated twice; one that draws randomness inside draws anew. A network that is still learning makes the solvers
+    warn at nearly every step; ``warnings.simplefilter("ignore", NotConverged)`` silences them.
 
     Args:
         solver: ``(inner_loss, outer_loss, params, hparams) -> Implicit``, for instance
@@ -202,7 +213,8 @@ def after_step(solver: Callable[[Loss, Loss, Tensors, Tensors], Implicit]) -> Ca
         inner_loss: Loss, outer_loss: Loss, params: Tensors, hparams: Tensors, update: Update, state: State
     ) -> Step:
         inner, g = _inner_gradient(inner_loss, params, hparams)
-        stepped, new_state = update.step({name: p.detach() for name, p in params.items()}, g, state)
+        stepped, new_state = update.step(_detached(params), g, _detached(state))
+        _check_like(stepped, params, "The update returned", "an update keeps names and shapes")
         found = solver(inner_loss, outer_loss, stepped, hparams)
         return Step(found.hypergradient, stepped, new_state, inner, found.outer_loss)
 
@@ -212,7 +224,7 @@ def after_step(solver: Callable[[Loss, Loss, Tensors, Tensors], Implicit]) -> Ca
 @torch.enable_grad()
 def _inner_gradient(inner_loss: Loss, params: Tensors, hparams: Tensors) -> tuple[Tensor, Tensors]:
     params = _leaves(params)
-    inner = _scalar(inner_loss(params, {name: h.detach() for name, h in hparams.items()}), "inner")
+    inner = _scalar(inner_loss(params, _detached(hparams)), "inner")
     return inner.detach(), _for_params(_gradients([inner], params.values()), params, "inner")
 
 
@@ -266,11 +278,12 @@ def _linearised(inner_loss: Loss, outer_loss: Loss, params: Tensors, hparams: Te
     params, hparams = _leaves(params), _leaves(hparams)
     outer = _scalar(outer_loss(params, hparams), "outer")
     both = _gradients([outer], [*params.values(), *hparams.values()])
-    v = _for_params(both[: len(params)], params, "outer")
+    v = _flattened(list(_for_params(both[: len(params)], params, "outer").values()))
+    if not v.isfinite().all():
+        raise ValueError("The gradient of the outer loss is not finite: look for a square root or logarithm at zero.")
     inner = _scalar(inner_loss(params, hparams), "inner")
     g = _for_params(_gradients([inner], params.values(), create_graph=True), params, "inner")
-    flat = _flattened(list(v.values()))
-    return _Linearised(params, hparams, g, inner.detach(), outer.detach(), flat, both[len(params) :])
+    return _Linearised(params, hparams, g, inner.detach(), outer.detach(), v, both[len(params) :])
 
 
 def _flattened(tensors: list[Tensor]) -> Tensor:

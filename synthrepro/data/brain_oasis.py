@@ -30,7 +30,7 @@ from synthrepro.data.brain_mni import BIAS_SPACING, Anatomy, acquire, signal, st
 from synthrepro.data.individuals import smooth_field
 from synthrepro.data.mri import rescale
 from synthrepro.data.task import Card, Split, Task
-from synthrepro.data.volumes import Cut, Volume, average, cut_axially, inside, majority, read_labels, read_pair
+from synthrepro.data.volumes import ADVICE, Cut, Volume, average, cut_axially, inside, majority, read_labels, read_pair
 from synthrepro.errors import UserError
 
 FAMILY = "real"
@@ -95,7 +95,7 @@ SECOND_SCANS = {"1023": "1003", "1024": "1004", "1025": "1005", "1038": "1018", 
 
 CONTRASTS = ("flash3", "flash5", "flash20", "flash30")
 SPAN = (0.12, 0.80)  # of the brain's height: from the cerebellum to above the ventricles
-BOX = (200.0, 240.0, 200.0)  # mm along slices, rows and columns, around the brain's middle: holds the receive field
+BOX = (200, 240, 200)  # mm along slices, rows and columns, around the brain's middle: holds the receive field
 
 
 class Options(BaseModel):
@@ -158,36 +158,46 @@ def check(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Person:
-    """One person's label map, values 0 to `UNLABELLED`, and scan, if there is one."""
+    """One person's label map, values 0 to `UNLABELLED`, and, if there is one, the scan and its `anchors`."""
 
     name: str
     part: str
     labels: Volume
-    image: Volume | None
-
-    @property
-    def brain(self) -> np.ndarray:
-        """(Z, R, C) bool: where the scan, which is skull-stripped, is positive; else what the labels enclose."""
-        if self.image is not None:
-            return self.image.planes > 0
-        return inside(self.labels.planes > 0, self.labels.voxel)
+    image: Volume | None = None
+    anchors: Tensor | None = None
 
 
 def read_people(folder: Path) -> Iterator[Person]:
     """Everybody, one after another.
 
     Raises:
-        UserError: a person stands in two parts of the folder; see `volumes.read_pair` for what may be wrong in a file.
+        UserError: a person stands in two parts of the folder; see `volumes.read_pair` and `anchors_of` for what may be
+            wrong with a file.
     """
     _check_parts(folder)
     for part, names in PEOPLE.items():
         for name in names:
             image, labels = (folder / part / f"{name}_{kind}.nii.gz" for kind in ("SS", "glm"))
             if part == "train" and name not in WITH_IMAGE:
-                yield Person(name, part, read_labels(labels, STRUCTURES), None)
+                yield Person(name, part, read_labels(labels, STRUCTURES))
             else:
                 scan, map_ = read_pair(image, labels, STRUCTURES)
-                yield Person(name, part, map_, scan)
+                yield Person(name, part, map_, scan, anchors_of(scan, map_))
+
+
+def anchors_of(image: Volume, labels: Volume) -> Tensor:
+    """Median intensity of ventricles, cerebral cortex and cerebral white matter, (3,).
+
+    Raises:
+        UserError: one of them is not there, or they do not rise in this order, so the scan is not T1-weighted.
+    """
+    tissues = [image.planes[labels.planes == k] for k in (3, 2, 1)]
+    if not all(map(len, tissues)):
+        raise UserError(f"{labels.path} lacks ventricles, cerebral cortex or white matter: {ADVICE}.")
+    anchors = torch.tensor([float(np.median(values)) for values in tissues])
+    if not (anchors.diff() > 0).all():
+        raise UserError(f"{image.path} is not T1-weighted (ventricles below cortex below white matter): {ADVICE}.")
+    return anchors
 
 
 def _check_parts(folder: Path) -> None:
@@ -209,7 +219,7 @@ def load(options: Options, folder: Path) -> Task:
     channel), "test-young", "test-old", "test" (both) and "test-<contrast>" (both, simulated).
 
     Raises:
-        UserError: see `read_people`; a scan in which CSF, grey and white matter are not ever brighter.
+        UserError: see `read_people`.
     """
     train, validation = options.subjects
     images: dict[str, list[Tensor]] = defaultdict(list)
@@ -222,24 +232,29 @@ def load(options: Options, folder: Path) -> Task:
         people[split] += [person.name] * options.slices
 
     for person in read_people(folder):
-        cut = cut_axially(person.brain, person.labels.voxel, options.size, options.spacing, options.slices, SPAN)
         order = PEOPLE[person.part].index(person.name)
-        validates = person.part == "train" and train <= order < train + validation
+        trains, validates = (
+            person.part == "train" and first <= order < last
+            for first, last in ((0, train), (train, train + validation))
+        )
+        whole = with_unlabelled(person.labels) if person.part == "train" and not validates else person.labels.planes
+        brain = whole > 0 if person.image is None else person.image.planes > 0  # scans are skull-stripped
+        cut = cut_axially(brain, person.labels.voxel, options.size, options.spacing, options.slices, SPAN)
+        maps = majority(whole, cut, UNLABELLED)
         if person.part == "train" and not validates:
-            maps = majority(with_unlabelled(person.labels), cut, UNLABELLED)
             put("maps", person, torch.zeros(options.slices, 0, *options.size), maps)
         if person.image is None:
             continue
-        target = majority(person.labels.planes, cut, UNLABELLED)
-        target[target == UNLABELLED] = 0
-        pictures = rescale(average(person.image.planes, cut)).clamp(0, 1)[:, None]
+        target = without_unlabelled(maps)
+        pictures = picture(person.image, cut)
         if person.part == "train":
-            if order < train + validation:
+            if trains or validates:
                 put("validation" if validates else "train", person, pictures, target)
             continue
         for split in (person.part.replace("_", "-"), "test"):
             put(split, person, pictures, target)
-        for contrast, simulated in simulate(person, person.image, cut, options).items():
+        assert person.anchors is not None
+        for contrast, simulated in simulate(person, person.image, person.anchors, cut, options).items():
             put(f"test-{contrast}", person, simulated, target)
 
     names = ("train", "validation", "maps", "test-young", "test-old", "test", *(f"test-{c}" for c in CONTRASTS))
@@ -257,22 +272,26 @@ def with_unlabelled(labels: Volume) -> np.ndarray:
     return np.where((planes == 0) & inside(planes > 0, labels.voxel), np.uint8(UNLABELLED), planes)
 
 
-def simulate(person: Person, image: Volume, cut: Cut, options: Options) -> dict[str, Tensor]:
+def without_unlabelled(maps: Tensor) -> Tensor:
+    """What a segmenter is asked for: `UNLABELLED` is background."""
+    return maps.where(maps != UNLABELLED, 0)
+
+
+def picture(image: Volume, cut: Cut) -> Tensor:
+    """Slices of a scan, (S, 1, H, W) in [0, 1], each with a display scale of its own."""
+    return rescale(average(image.planes, cut).clamp_min(0)).clamp_max(1)[:, None]
+
+
+def simulate(person: Person, image: Volume, anchors: Tensor, cut: Cut, options: Options) -> dict[str, Tensor]:
     """A test person in the contrasts of `CONTRASTS`.
 
-    T1 comes from the measured intensity by `brain_mni.t1_of_intensity`, anchored at this scan's median intensity of
-    ventricles, cerebral cortex and cerebral white matter; proton density and T2* come from the tissue of the label,
-    and brain without a label is CSF. Signals are computed voxel by voxel, then averaged to pixels.
+    T1 comes from the measured intensity by `brain_mni.t1_of_intensity`, whose anchors are this scan's own (`anchors_of`);
+    proton density and T2* come from the tissue of the label, and brain without a label is CSF. Signals are computed
+    voxel by voxel, then averaged to pixels.
 
     Returns:
         Contrast -> (S, 1, H, W) in [0, 1].
-
-    Raises:
-        UserError: the three medians do not rise in this order, so the scan is not T1-weighted.
     """
-    anchors = torch.tensor([float(np.median(image.planes[person.labels.planes == k])) for k in (3, 2, 1)])
-    if not (anchors.diff() > 0).all():
-        raise UserError(f"{image.path} is not darkest in ventricles and brightest in white matter, so not T1-weighted.")
     covered = cut.planes.any(axis=0)
     planes = np.ascontiguousarray(image.planes[covered])
     tissue = np.array(TISSUE_OF_CLASS)[person.labels.planes[covered]]
@@ -302,11 +321,11 @@ def receive_grid(cut: Cut, options: Options) -> tuple[Tensor, Tensor, Tensor]:
 
 CARD = Card(
     what=(
-        "Axial slices of skull-stripped T1-weighted MPRAGE scans of healthy people at 1 mm, averaged to the pixel, with "
-        "structures drawn by hand, grouped into twelve classes, left and right together. Brain without a label (sulcal "
-        "CSF, meninges, vessels) is background; in 'maps' it is an extra value, found by closing the labels. FLASH at "
-        "3, 5, 20 and 30 degrees is simulated, not measured: T1 from the scan's own intensity, proton density and T2* "
-        "from the labels, a receive field and Rician noise of undisclosed level."
+        "Axial slices of skull-stripped T1-weighted MPRAGE scans at 1 mm, averaged to the pixel, with structures drawn "
+        "by hand, grouped into twelve classes, left and right together. Brain without a label (sulcal CSF, meninges, "
+        "vessels) is background; in 'maps' it is an extra value, found by closing the labels. FLASH at 3, 5, 20 and 30 "
+        "degrees is simulated, not measured: T1 from the scan's own intensity, proton density and T2* from the labels, "
+        "with a receive field and Rician noise of undisclosed level."
     ),
     splits=(
         "By person. The ten people of train/ with a scan train or validate; label maps for synthesis come from them "
@@ -314,8 +333,8 @@ CARD = Card(
         "(19 to 34), six of 45 to 90. The simulated test sets show all ten test people."
     ),
     doubt=(
-        "Few people, one scanner, no pathology but age. Slices of one person are not independent. Skulls were stripped "
-        "with the help of the labels, so the outline of the brain is given away. The simulated contrasts inherit noise "
+        "Few people, one protocol of acquisition. Slices of one person are not independent. The scans are "
+        "stripped closely around the labels, so the outline of the brain is given away. The simulated contrasts inherit noise "
         "and receive field of the scan they are made from, know no iron in the deep nuclei, and follow from labels at "
         "whole voxels: they say how a method takes a change of contrast, not how it takes a FLASH scanner."
     ),

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -40,24 +41,29 @@ class Volume:
     path: Path
 
 
-def read_image(path: Path) -> Volume:
+def read_image(path: Path, flat: bool = False) -> Volume:
     """Read a scan as float32.
 
+    Args:
+        flat: the file holds one coronal slice of 1 mm in a template's space, first axis from right to left, second
+            from top to bottom; it becomes the one plane of a volume.
+
     Raises:
-        UserError: the file is missing or cannot be read to its end, is not 3-D, holds values that are not finite or
-            none above 0.
+        UserError: the file is missing or cannot be read to its end, is not 3-D (2-D, if `flat`), holds values that are
+            not finite or none above 0.
     """
-    volume = _read(path)
+    volume = _read(path, flat)
     if not volume.planes.max() > 0:
         raise UserError(f"{path} holds no value above 0, hence no brain: {ADVICE}.")
     return Volume(volume.planes.astype(np.float32, copy=False), volume.voxel, volume.affine, path)
 
 
-def read_labels(path: Path, table: Mapping[int, int]) -> Volume:
+def read_labels(path: Path, table: Mapping[int, int], flat: bool = False) -> Volume:
     """Read a label map and translate it.
 
     Args:
         table: value in the file -> class, 0 to 255.
+        flat: see `read_image`.
 
     Returns:
         Planes of uint8.
@@ -65,17 +71,16 @@ def read_labels(path: Path, table: Mapping[int, int]) -> Volume:
     Raises:
         UserError: as `read_image`, and for values that are no integers, are not in `table` or all become 0.
     """
-    volume = _read(path)
+    volume = _read(path, flat)
     values = volume.planes
-    if values.dtype.kind == "f":
-        values = values.astype(np.int64)
-        if not (values == volume.planes).all():
-            raise UserError(f"{path} holds values that are not whole numbers, so it is no label map: {ADVICE}.")
-    lowest, highest = int(values.min()), int(values.max())
+    if values.dtype.kind == "f" and (values != np.rint(values)).any():
+        raise UserError(f"{path} holds values that are not whole numbers, so it is no label map: {ADVICE}.")
     known = np.full(max(table) + 1, -1, dtype=np.int16)
     known[list(table)] = list(table.values())
-    if lowest < 0 or highest >= len(known):
-        raise UserError(_unknown(path, lowest if lowest < 0 else highest))
+    for extreme in (int(values.min()), int(values.max())):
+        if not 0 <= extreme < len(known):
+            raise UserError(_unknown(path, extreme))
+    values = values.astype(np.intp, copy=False)
     classes = known[values]
     if (classes < 0).any():
         raise UserError(_unknown(path, int(values[classes < 0].min())))
@@ -84,7 +89,7 @@ def read_labels(path: Path, table: Mapping[int, int]) -> Volume:
     return Volume(classes.astype(np.uint8), volume.voxel, volume.affine, path)
 
 
-def read_pair(image: Path, labels: Path, table: Mapping[int, int]) -> tuple[Volume, Volume]:
+def read_pair(image: Path, labels: Path, table: Mapping[int, int], flat: bool = False) -> tuple[Volume, Volume]:
     """Read a scan and its label map, which must have the same voxels.
 
     Raises:
@@ -93,9 +98,9 @@ def read_pair(image: Path, labels: Path, table: Mapping[int, int]) -> tuple[Volu
     for path, other in ((image, labels), (labels, image)):
         if not path.is_file() and other.is_file():
             raise UserError(f"{path} is missing, though its other half {other.name} is there: {ADVICE}.")
-    scan, map_ = read_image(image), read_labels(labels, table)
+    scan, map_ = read_image(image, flat), read_labels(labels, table, flat)
     if scan.planes.shape != map_.planes.shape:
-        shapes = [tuple(reversed(volume.planes.shape)) for volume in (map_, scan)]
+        shapes = [" x ".join(str(n) for n in reversed(volume.planes.shape)) for volume in (map_, scan)]
         raise UserError(f"{labels} has {shapes[0]} voxels but its image {image.name} has {shapes[1]}: {ADVICE}.")
     if not np.allclose(scan.affine, map_.affine, atol=1e-2):
         raise UserError(f"{labels} and its image {image.name} lie at different places (their affines): {ADVICE}.")
@@ -106,25 +111,29 @@ def _unknown(path: Path, value: int) -> str:
     return f"{path} holds the label {value}, which stands for no structure this task knows: {ADVICE}."
 
 
-def _read(path: Path) -> Volume:
+def _read(path: Path, flat: bool) -> Volume:
     if not path.is_file():
         raise UserError(f"{path} is missing: {ADVICE}.")
+    axes = 2 if flat else 3
     try:
-        image = nib.load(path)
-        shape = image.shape  # type: ignore[attr-defined]
-        if len(shape) == 3:
-            image = nib.as_closest_canonical(image)
-            data, affine = np.asanyarray(image.dataobj), np.asarray(image.affine)
-            x, y, z = (float(size) for size in image.header.get_zooms())
+        image: Any = nib.load(path)
+        shape = image.shape[:2] if flat and image.shape[2:] == (1,) else image.shape
+        if len(shape) == axes:
+            image = image if flat else nib.as_closest_canonical(image)
+            data = np.asanyarray(image.dataobj)
+            affine = np.asarray(image.affine)
+            sizes = [float(size) for size in image.header.get_zooms()[:axes]]
     except (OSError, EOFError, ValueError, OverflowError, ImageFileError, HeaderDataError, zlib.error) as error:
         raise UserError(f"{path} cannot be read ({error}): {ADVICE}.") from error
-    if len(shape) != 3:
-        raise UserError(f"{path} has the shape {shape}, but a volume has three axes: {ADVICE}.")
-    if not min(x, y, z) > 0:
-        raise UserError(f"{path} says its voxels measure {x:g} x {y:g} x {z:g} mm: {ADVICE}.")
+    if len(shape) != axes:
+        raise UserError(f"{path} has the shape {tuple(shape)}, but {axes} axes are needed: {ADVICE}.")
+    if not min(sizes) > 0:
+        raise UserError(f"{path} says that a side of its voxels measures {min(sizes):g} mm: {ADVICE}.")
     if data.dtype.kind == "f" and not np.isfinite(data).all():
         raise UserError(f"{path} holds values that are not finite (NaN or infinity): {ADVICE}.")
-    return Volume(data.transpose(2, 1, 0)[:, ::-1], (z, y, x), affine, path)
+    if flat:
+        return Volume(data.reshape(shape).T[None, :, ::-1], (1.0, sizes[1], sizes[0]), affine, path)
+    return Volume(data.transpose(2, 1, 0)[:, ::-1], (sizes[2], sizes[1], sizes[0]), affine, path)
 
 
 def inside(labelled: np.ndarray, voxel: tuple[float, float, float]) -> np.ndarray:
@@ -139,8 +148,11 @@ def inside(labelled: np.ndarray, voxel: tuple[float, float, float]) -> np.ndarra
     cube = [2 * r + 1 for r in reach]
     padded = np.pad(labelled.astype(np.uint8), [(r, r) for r in reach])
     closed = ndimage.minimum_filter(ndimage.maximum_filter(padded, cube), cube)  # separable, unlike binary_closing
-    cropped = closed[tuple(slice(r, -r) for r in reach)].astype(bool)
-    return ndimage.binary_fill_holes(cropped)
+    if len(labelled) == 1:
+        closed = closed[reach[0], None]  # a plane of its own has neither above nor below
+    parts, _ = ndimage.label(closed == 0)
+    filled = parts != parts[0, 0, 0]  # what hangs together with the corner is outside, the rest hole or brain
+    return filled[reach[0] if len(filled) > 1 else 0 :][: len(labelled), reach[1] : -reach[1], reach[2] : -reach[2]]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,13 @@ The role of SAMSEG (Puonti et al., NeuroImage 2016) in Learn2Synth's tables, in 
 Leemput et al., Automated model-based bias field correction / tissue classification of MR images of the brain, IEEE
 TMI 1999. The label maps of the training set give the prior probability of each class at each place; the intensities
 of a class are one Gaussian whose mean and SD are fitted to the image at hand, with a smooth bias field, by
-expectation-maximisation. So the contrast does not matter.
+expectation-maximisation. So the contrast does not matter, beyond the one-Gaussian-a-class model.
+
+Of SAMSEG's parts there are: priors from label maps, Gaussians that several structures may share, log intensities, a
+smooth bias field in the loop, and an affine registration of the atlas, here of every slice in its plane and inside the
+loop. Missing: the deformable mesh (the atlas fits an individual only as far as an affine map and the smoothing of the
+priors reach), several Gaussians a class, priors on their parameters, and the third dimension: a two-dimensional atlas
+is one of several levels, chosen by likelihood, and a slice from a place that no training map shows gets the wrong one.
 """
 
 import math
@@ -25,6 +31,9 @@ OFFSET = 0.02  # added before the logarithm, units of intensity: background nois
 SMALLEST_SD = 0.02  # of a Gaussian, log units: 2 % of the intensity; a masked background has no spread of its own
 BIAS_SD = 1.0  # of the prior of each bias coefficient, log units: wide, it only keeps empty images solvable
 FEWEST = 1.0  # pixels that a Gaussian needs to be fitted; one that has fewer keeps its parameters
+SCOUT = 10  # iterations before levels are compared, and between two registrations
+ROUNDS = 3  # registrations, a fit after each
+STEPS = 15  # of gradient ascent in a registration
 
 
 @dataclass(frozen=True)
@@ -73,7 +82,7 @@ def _cluster(labels: Tensor, values: int, levels: int) -> np.ndarray:
     """Level of each label map, (M,), by Ward's method on coarse class fractions."""
     if levels == 1:
         return np.zeros(len(labels), dtype=np.int64)
-    size = tuple(min(s, 16) for s in labels.shape[1:])
+    size = min(labels.shape[1], 16), min(labels.shape[2], 16)
     maps = [F.adaptive_avg_pool2d(F.one_hot(m.cpu(), values).movedim(-1, 0).float(), size) for m in labels]
     tree = linkage(torch.stack(maps).flatten(1).numpy(), "ward")
     return fcluster(tree, levels, "maxclust").astype(np.int64) - 1
@@ -92,10 +101,10 @@ class Mixture:
     coefficients: Tensor
     """(B, P) of the bias field's cosines."""
     log_bias: Tensor
-    """(B, H, W), logarithm of the bias field."""
+    """(B, H, W), logarithm of the bias field, with mean 0 over tissue: a constant is not told from the means."""
     log_likelihood: Tensor
-    """(B, T) a pixel, before each iteration and at the end, with the log prior of the coefficients; converged images
-    repeat their last."""
+    """(B, T) a pixel, before each iteration and at the end, with the log prior of the coefficients; an image that has
+    converged repeats its last. It never falls."""
     posterior: Tensor
     """(B, N, H, W), adding up to 1 over label values."""
 
@@ -124,69 +133,88 @@ def fit_mixture(
 
     Of the log intensity z at a pixel, p(z) = sum_k prior_k N(z - b; mean_g(k), sd_g(k)^2), with b the log of the bias
     field, a sum of low-order cosines; b is 0 for the Gaussian of label 0, since an empty background has no signal to
-    be multiplied. Means, field and SDs are updated one after the other, each to its maximum given the others, so that
-    the log-likelihood never falls (generalised EM; Van Leemput et al. 1999, eqs. for the polynomial field, with
-    cosines in place of polynomials).
+    be multiplied. Means and field are updated to their maximum given the SDs, then the SDs, so that the log-likelihood
+    never falls (generalised EM; Van Leemput et al. 1999, with cosines in place of polynomials).
 
     Args:
         images: (B, 1, H, W), [0, 1].
         prior: (B, N, H, W), positive, adding up to 1 over label values.
-        gaussians: Gaussian of each label value, numbered from 0: classes that share a number share mean and SD.
-            None: one each.
+        gaussians: Gaussian of each label value, N numbers: values that share a number share mean and SD. None: one
+            each. Fitted Gaussians are in the order of the numbers.
         bias_order: Highest total frequency of the field, half periods across the image; 0 for no field.
         iterations: At most so many.
-        tolerance: An image has converged when its log-likelihood rises by less than this share of its size.
+        tolerance: An image has converged when its log-likelihood rises by less than this, a pixel.
         start: Where to begin; None begins with the prior as posterior.
 
     Raises:
         UserError: `gaussians` does not name a Gaussian for each label value.
     """
-    count, values, *size = prior.shape
-    index = torch.tensor(list(range(values)) if gaussians is None else list(gaussians), device=prior.device)
-    if len(index) != values:
-        raise UserError(f"gaussians names {len(index)} Gaussians for {values} label values: give one for each.")
-    total = int(index.max()) + 1
-    z = (images[:, 0].flatten(1) + OFFSET).log()  # (B, M)
-    place = prior.new_zeros(count, total, z.shape[1]).index_add_(1, index, prior.flatten(2))  # (B, G, M)
+    count, _, *size = prior.shape
+    index = _gaussian_of(prior, gaussians)
+    z = _log(images)
+    place = _pool(prior, index).flatten(2)  # (B, G, M)
+    total = place.shape[1]
     basis = cosines(size, bias_order, z)  # (P, M)
-    biased = (torch.arange(total, device=z.device) != index[0]).to(z)[None, :, None]  # (1, G, 1)
+    biased = _biased(index, z)
 
     if start is None:
-        coefficients = z.new_zeros(count, len(basis))
         means = z.mean(1, keepdim=True).expand(-1, total)
         variances = z.var(1, keepdim=True).clamp_min(SMALLEST_SD**2).expand(-1, total)
-        means, coefficients, variances = _maximise(z, place, basis, biased, means, coefficients, variances)
+        state = _maximise(z, place, basis, biased, means, variances)
     else:
-        means, coefficients, variances = start.means, start.coefficients, start.sds.square()
+        state = start.means, start.sds.square(), start.coefficients, start.log_bias.flatten(1)
     log_place = place.log()
     active = torch.ones(count, 1, dtype=torch.bool, device=z.device)
     history: list[Tensor] = []
     for i in range(iterations + 1):
-        joint = log_place + _log_density(z, coefficients @ basis, biased, means, variances)  # (B, G, M)
+        means, variances, coefficients, log_bias = state
+        joint = log_place + _log_density(z, log_bias, biased, means, variances)  # (B, G, M)
         evidence = joint.logsumexp(1)
+        weight = (joint - evidence[:, None]).exp()
         objective = evidence.mean(1) - coefficients.square().sum(1) / (2 * BIAS_SD**2 * z.shape[1])
         history.append(objective)
         if i:
-            rise = objective - history[-2]
-            active = active & (rise > tolerance * objective.abs())[:, None]
+            active = active & (objective - history[-2] > tolerance)[:, None]
         if i == iterations or not active.any():
             break
-        weight = (joint - evidence[:, None]).exp()
-        updated = _maximise(z, weight, basis, biased, means, coefficients, variances)
-        means, coefficients, variances = (
-            torch.where(active, new, old) for new, old in zip(updated, (means, coefficients, variances), strict=True)
-        )
-    density = _log_density(z, coefficients @ basis, biased, means, variances)
+        updated = _maximise(z, weight, basis, biased, means, variances)
+        state = tuple(torch.where(active, new, old) for new, old in zip(updated, state, strict=True))
+    tissue = (weight * biased).sum(1)  # (B, M)
+    level = (tissue * log_bias).sum(1, keepdim=True) / tissue.sum(1, keepdim=True).clamp_min(FEWEST)
+    density = _log_density(z, log_bias, biased, means, variances)
     posterior = (prior.flatten(2).log() + density[:, index]).softmax(1)
     return Mixture(
         prior=prior,
-        means=means,
+        means=means + biased[..., 0] * level,
         sds=variances.sqrt(),
         coefficients=coefficients,
-        log_bias=(coefficients @ basis).unflatten(1, size),
+        log_bias=(log_bias - level).unflatten(1, size),
         log_likelihood=torch.stack(history, 1),
         posterior=posterior.unflatten(2, size),
     )
+
+
+def _gaussian_of(prior: Tensor, gaussians: Sequence[int] | None) -> Tensor:
+    """Gaussian of each label value, (N,), numbered without gaps."""
+    values = prior.shape[1]
+    chosen = range(values) if gaussians is None else gaussians
+    if len(chosen) != values:
+        raise UserError(f"gaussians names {len(chosen)} Gaussians for {values} label values: give one for each.")
+    return torch.tensor(list(chosen), device=prior.device).unique(return_inverse=True)[1]
+
+
+def _log(images: Tensor) -> Tensor:
+    return (images[:, 0].flatten(1) + OFFSET).log()  # (B, M)
+
+
+def _biased(index: Tensor, like: Tensor) -> Tensor:
+    """1 for Gaussians that the bias field multiplies, 0 for that of label 0: (1, G, 1)."""
+    return (torch.arange(int(index.max()) + 1, device=index.device) != index[0]).to(like)[None, :, None]
+
+
+def _pool(prior: Tensor, index: Tensor) -> Tensor:
+    """Prior of each Gaussian, (B, G, H, W): the sum of those of its label values."""
+    return prior.new_zeros(len(prior), int(index.max()) + 1, *prior.shape[2:]).index_add_(1, index, prior)
 
 
 def _log_density(z: Tensor, log_bias: Tensor, biased: Tensor, means: Tensor, variances: Tensor) -> Tensor:
@@ -196,86 +224,145 @@ def _log_density(z: Tensor, log_bias: Tensor, biased: Tensor, means: Tensor, var
 
 
 def _maximise(
-    z: Tensor, weight: Tensor, basis: Tensor, biased: Tensor, means: Tensor, coefficients: Tensor, variances: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Means, then bias coefficients, then variances, each given the others and the posterior weights (B, G, M)."""
+    z: Tensor, weight: Tensor, basis: Tensor, biased: Tensor, means: Tensor, variances: Tensor
+) -> tuple[Tensor, ...]:
+    """Means and bias coefficients given the variances, then the variances, from the posterior weights (B, G, M).
+
+    Means and coefficients are one weighted least-squares problem. (Solved in turns, as Van Leemput et al. do, they
+    converge slowly: over the brain, a sum of cosines comes close to the constant that the means have.)
+
+    Returns:
+        Means (B, G), variances (B, G), coefficients (B, P), log bias field (B, M).
+    """
+    gaussians = means.shape[1]
     mass = weight.sum(2)
-    enough = mass > FEWEST
-    mass = mass.clamp_min(FEWEST)
-    corrected = z[:, None] - biased * (coefficients @ basis)[:, None]  # (B, G, M)
-    means = torch.where(enough, (weight * corrected).sum(2) / mass, means)
+    fitted = (mass > FEWEST).to(z)  # (B, G)
+    precision = weight / variances[..., None]
+    slopes = biased * precision
+    own = torch.diag_embed(fitted * precision.sum(2) + 1 - fitted)  # (B, G, G)
+    both = slopes @ basis.T  # (B, G, P)
+    field = (slopes.sum(1)[:, None] * basis) @ basis.T  # (B, P, P)
+    field = field + torch.eye(len(basis), device=z.device, dtype=z.dtype) / BIAS_SD**2
+    kept = (1 - fitted) * means
+    matrix = torch.cat(
+        [torch.cat([own, fitted[..., None] * both], 2), torch.cat([(fitted[..., None] * both).mT, field], 2)], 1
+    )
+    pull = (slopes * (z[:, None] - kept[..., None])).sum(1) @ basis.T  # (B, P)
+    target = torch.cat([fitted * (precision * z[:, None]).sum(2) + kept, pull], 1)
+    means, coefficients = torch.linalg.solve(matrix, target[..., None])[..., 0].split([gaussians, len(basis)], 1)
 
-    precision = weight * biased / variances[..., None]
-    normal = (precision.sum(1)[:, None] * basis) @ basis.T  # (B, P, P)
-    normal = normal + torch.eye(len(basis), device=z.device, dtype=z.dtype) / BIAS_SD**2
-    target = (precision * (z[:, None] - means[..., None])).sum(1) @ basis.T  # (B, P)
-    coefficients = torch.linalg.solve(normal, target[..., None])[..., 0]
-
-    residual = z[:, None] - biased * (coefficients @ basis)[:, None] - means[..., None]
-    spread = (weight * residual.square()).sum(2) / mass
-    return means, coefficients, torch.where(enough, spread.clamp_min(SMALLEST_SD**2), variances)
+    log_bias = coefficients @ basis
+    residual = z[:, None] - biased * log_bias[:, None] - means[..., None]
+    spread = (weight * residual.square()).sum(2) / mass.clamp_min(FEWEST)
+    return means, torch.where(fitted > 0, spread.clamp_min(SMALLEST_SD**2), variances), coefficients, log_bias
 
 
 def place_atlas(prior: Tensor, pose: Tensor) -> Tensor:
-    """The prior in an affine pose, bilinear, edge values beyond the edge.
+    """The prior under an affine map, bilinear, edge values beyond the edge.
 
     Args:
         prior: (B, N, H, W).
-        pose: (B, 6): translation (rows, columns) as a share of the image, then the matrix less the identity, row-major,
-            about the image's centre, pixels.
+        pose: (B, 6): translation (rows, columns) as a share of the image, then the matrix less the identity, row by
+            row, of positions (row, column) in pixels about the image's centre. 0 is no change.
     """
     height, width = prior.shape[-2:]
-    matrix = torch.eye(2, device=pose.device, dtype=pose.dtype) + pose[:, 2:].unflatten(1, (2, 2))
-    (rr, rc), (cr, cc) = matrix.unbind(1)[0].unbind(1), matrix.unbind(1)[1].unbind(1)
-    theta = torch.stack(  # of (x, y) in units of half the image, as affine_grid has it
-        [cc, cr * height / width, 2 * pose[:, 1], rc * width / height, rr, 2 * pose[:, 0]], 1
-    ).unflatten(1, (2, 3))
-    grid = F.affine_grid(theta, list(prior.shape), align_corners=False)
+    down, across, rr, rc, cr, cc = pose.unbind(1)
+    theta = torch.stack(  # of (x, y) in halves of the image, as affine_grid has it
+        [1 + cc, cr * height / width, 2 * across, rc * width / height, 1 + rr, 2 * down], 1
+    )
+    grid = F.affine_grid(theta.unflatten(1, (2, 3)), list(prior.shape), align_corners=False)
     return F.grid_sample(prior, grid, padding_mode="border", align_corners=False)
 
 
-def register(images: Tensor, atlas: Tensor, fit: Mixture, index: Tensor, pose: Tensor) -> Tensor:
-    """A pose (B, 6) at which the atlas explains the images no worse than at the given one, the mixture held fixed."""
-    z = (images[:, 0].flatten(1) + OFFSET).log()
-    biased = (torch.arange(fit.means.shape[1], device=z.device) != index[0]).to(z)[None, :, None]
-    density = _log_density(z, fit.log_bias.flatten(1), biased, fit.means, fit.sds.square())
-    place = atlas.new_zeros(len(atlas), fit.means.shape[1], *atlas.shape[2:]).index_add_(1, index, atlas)
+def register(
+    images: Tensor, prior: Tensor, fit: Mixture, pose: Tensor, gaussians: Sequence[int] | None = None
+) -> Tensor:
+    """A pose at which the prior explains the images at least as well as at the given one, Gaussians and field fixed.
 
+    Args:
+        images, prior, gaussians: As :func:`fit_mixture`; the prior in no pose.
+        fit: Where Gaussians and bias field are taken from.
+        pose: (B, 6), see :func:`place_atlas`.
+
+    Returns:
+        (B, 6), the best that a few steps of Rprop come by: gradient signs with a step size of each parameter's own.
+    """
+    index = _gaussian_of(prior, gaussians)
+    z = _log(images)
+    density = _log_density(z, fit.log_bias.flatten(1), _biased(index, z), fit.means, fit.sds.square())
+    place = _pool(prior, index)
     best, highest = pose, torch.full_like(pose[:, 0], -torch.inf)
-    pose = pose.clone().requires_grad_()
-    steps = torch.optim.Rprop([pose], lr=0.005, step_sizes=(1e-4, 0.03))
+    moving = pose.clone().requires_grad_()
+    optimizer = torch.optim.Rprop([moving], lr=0.005, step_sizes=(1e-4, 0.03))
     for _ in range(STEPS):
         with torch.enable_grad():
-            fit_ = (place_atlas(place, pose).flatten(2).log() + density).logsumexp(1).mean(1)  # (B,)
-            (pose.grad,) = torch.autograd.grad(-fit_.sum(), pose)
-        better = fit_.detach() > highest
-        best = torch.where(better[:, None], pose.detach(), best)
-        highest = torch.where(better, fit_.detach(), highest)
-        steps.step()
+            score = (place_atlas(place, moving).flatten(2).log() + density).logsumexp(1).mean(1)  # (B,)
+            (moving.grad,) = torch.autograd.grad(-score.sum(), moving)
+        better = score.detach() > highest
+        best = torch.where(better[:, None], moving.detach(), best)
+        highest = torch.where(better, score.detach(), highest)
+        optimizer.step()
     return best
 
 
-STEPS = 15
-
-
 @torch.no_grad()
-def fit_atlas(images: Tensor, atlas: Atlas, gaussians=None, *, bias_order: int = 3, rounds: int = 3) -> Mixture:
-    index = torch.tensor(list(range(atlas.prior.shape[1])) if gaussians is None else list(gaussians))
+def fit_atlas(
+    images: Tensor, atlas: Atlas, gaussians: Sequence[int] | None = None, *, bias_order: int = 3, affine: bool = True
+) -> Mixture:
+    """Choose each image's level by likelihood, fit the mixture, and register the atlas in turns with it.
+
+    Args:
+        images: (B, 1, H, W), [0, 1], as large as the atlas.
+        atlas: On any device.
+        gaussians, bias_order: As :func:`fit_mixture`.
+        affine: Whether to register; the prior is else used in the frame of the training maps.
+
+    Raises:
+        UserError: Images and atlas differ in size, or `gaussians` is of the wrong length.
+    """
+    if images.shape[-2:] != atlas.prior.shape[-2:]:
+        raise UserError(
+            f"Images of {tuple(images.shape[-2:])} do not fit an atlas of {tuple(atlas.prior.shape[-2:])}: build it "
+            "from label maps of the same size."
+        )
     bank = atlas.prior.to(images)
-    fits = [
-        fit_mixture(images, p.expand(len(images), -1, -1, -1), gaussians, bias_order=bias_order, iterations=10)
-        for p in bank
+    scores = [
+        fit_mixture(
+            images, prior.expand(len(images), -1, -1, -1), gaussians, bias_order=bias_order, iterations=SCOUT
+        ).log_likelihood[:, -1]
+        for prior in (bank if len(bank) > 1 else [])
     ]
-    level = torch.stack([f.log_likelihood[:, -1] for f in fits]).argmax(0)
-    prior = bank[level]
-    fit = fit_mixture(images, prior, gaussians, bias_order=bias_order, iterations=10)
+    prior = bank[torch.stack(scores).argmax(0)] if scores else bank.expand(len(images), -1, -1, -1)
+    fit = fit_mixture(images, prior, gaussians, bias_order=bias_order, iterations=SCOUT)
+    history = [fit.log_likelihood]
     pose = images.new_zeros(len(images), 6)
-    for _ in range(rounds):
-        pose = register(images, prior, fit, index, pose)
-        fit = fit_mixture(images, place_atlas(prior, pose), gaussians, bias_order=bias_order, iterations=10, start=fit)
-    return fit_mixture(images, fit.prior, gaussians, bias_order=bias_order, start=fit)
+    for _ in range(ROUNDS if affine else 0):
+        pose = register(images, prior, fit, pose, gaussians)
+        placed = place_atlas(prior, pose)
+        fit = fit_mixture(images, placed, gaussians, bias_order=bias_order, iterations=SCOUT, start=fit)
+        history.append(fit.log_likelihood)
+    fit = fit_mixture(images, fit.prior, gaussians, bias_order=bias_order, start=fit)
+    return replace(fit, log_likelihood=torch.cat([*history, fit.log_likelihood], 1))
 
 
-def segment_by_atlas(images: Tensor, atlas: Atlas, gaussians: Sequence[int] | None = None, **options: int) -> Tensor:
-    maps = fit_atlas(images, atlas, gaussians, **options).posterior.argmax(1)
+def segment_by_atlas(
+    images: Tensor,
+    atlas: Atlas,
+    gaussians: Sequence[int] | None = None,
+    *,
+    bias_order: int = 3,
+    affine: bool = True,
+    batch: int = 16,
+) -> Tensor:
+    """Most probable class of each pixel; arguments and errors as :func:`fit_atlas`.
+
+    Returns:
+        Label maps (B, H, W), int64, values 0 to classes - 1; unlabelled tissue is answered as 0.
+    """
+    maps = torch.cat(
+        [
+            fit_atlas(part, atlas, gaussians, bias_order=bias_order, affine=affine).posterior.argmax(1)
+            for part in images.split(batch)
+        ]
+    )
     return maps.masked_fill(maps == atlas.classes, 0)

@@ -24,6 +24,22 @@ from synthrepro.methods.learn2synth.algorithm import (
     plain_step,
     scalars,
 )
+from synthrepro.methods.learn2synth.arms import (
+    ARMS,
+    Arm,
+    ArmSettings,
+    CrossContrast,
+    InDomain,
+    Pool,
+    by_subject,
+    cross_contrast_cells,
+    cross_contrast_run,
+    in_domain_cells,
+    in_domain_run,
+    search,
+    task_of,
+    train_arm,
+)
 from synthrepro.methods.learn2synth.known import (
     STARTS,
     Anatomy,
@@ -52,15 +68,20 @@ from synthrepro.methods.learn2synth.known import (
 )
 
 __all__ = [
+    "ARMS",
     "EXPERIMENTS",
     "STARTS",
     "Anatomy",
+    "Arm",
+    "ArmSettings",
     "ExponentsFromImages",
     "Halves",
     "NoiseMatrix",
     "NoiseRecovery",
+    "Pool",
     "RiskProfile",
     "Settings",
+    "by_subject",
     "degrader",
     "exponent_values",
     "field_energies",
@@ -73,7 +94,9 @@ __all__ = [
     "noise_level",
     "plain_step",
     "scalars",
+    "search",
     "target_set",
+    "task_of",
     "train_on_known",
     "trivial_dice",
 ]
@@ -107,6 +130,24 @@ EXPERIMENTS = {
             noise_matrix_run,
             lambda cell, config: config.steps,
             {"on_known": train_on_known},
+        ),
+        Experiment(
+            "in_domain",
+            "Dice on real images of the contrast that was trained on",
+            InDomain,
+            in_domain_cells,
+            in_domain_run,
+            lambda cell, config: config.steps,
+            {"arm": train_arm},
+        ),
+        Experiment(
+            "cross_contrast",
+            "Dice on other contrasts than the one that was trained on",
+            CrossContrast,
+            cross_contrast_cells,
+            cross_contrast_run,
+            lambda cell, config: config.steps,
+            {"arm": train_arm},
         ),
         Experiment(
             "risk_profile",
