@@ -285,9 +285,9 @@ def picture(image: Volume, cut: Cut) -> Tensor:
 def simulate(person: Person, image: Volume, anchors: Tensor, cut: Cut, options: Options) -> dict[str, Tensor]:
     """A test person in the contrasts of `CONTRASTS`.
 
-    T1 comes from the measured intensity by `brain_mni.t1_of_intensity`, whose anchors are this scan's own (`anchors_of`);
-    proton density and T2* come from the tissue of the label, and brain without a label is CSF. Signals are computed
-    voxel by voxel, then averaged to pixels.
+    T1 comes from the measured intensity by `brain_mni.t1_of_intensity`, anchored at the scan's `anchors_of`; proton
+    density and T2* come from the tissue of the label, and brain without a label is CSF. Signals are computed voxel by
+    voxel, then averaged to pixels.
 
     Returns:
         Contrast -> (S, 1, H, W) in [0, 1].
@@ -334,9 +334,9 @@ CARD = Card(
     ),
     doubt=(
         "Few people, one protocol of acquisition. Slices of one person are not independent. The scans are "
-        "stripped closely around the labels, so the outline of the brain is given away. The simulated contrasts inherit noise "
-        "and receive field of the scan they are made from, know no iron in the deep nuclei, and follow from labels at "
-        "whole voxels: they say how a method takes a change of contrast, not how it takes a FLASH scanner."
+        "stripped closely around the labels, so the outline of the brain is given away. Simulated contrasts inherit "
+        "noise and receive field of the scan they are made from, know no iron in the deep nuclei, and follow from "
+        "labels at whole voxels: they say how a method takes a change of contrast, not how it takes a FLASH scan."
     ),
     source=(
         "MICCAI 2012 Grand Challenge and Workshop on Multi-Atlas Labeling (Landman and Warfield): MRI originating from "

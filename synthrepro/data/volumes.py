@@ -188,6 +188,10 @@ def cut_axially(
         size: rows and columns; spacing: side of a pixel, mm.
         span: fractions of the brain's height, from its lowest plane to its highest, between which slices lie.
     """
+
+    def edge(place: np.ndarray) -> np.ndarray:
+        return np.floor(place + 0.5)  # np.round would go to even numbers, hence depend on where the brain lies
+
     boxes = []
     for axis in range(3):
         where = np.flatnonzero(brain.any(axis=tuple({0, 1, 2} - {axis})))
@@ -200,13 +204,13 @@ def cut_axially(
 
     def pixels(axis: int, count: int) -> np.ndarray:
         middle = sum(boxes[axis]) / 2 * voxel[axis]
-        first = round((middle - count * spacing / 2) / voxel[axis]) * voxel[axis]
+        first = edge((middle - count * spacing / 2) / voxel[axis]) * voxel[axis]
         return weights(axis, first + np.arange(count) * spacing, spacing)
 
     thickness = max(1, round(spacing))
     low, high = boxes[0]
     at = span[0] + (span[1] - span[0]) * (np.arange(slices) + 0.5) / slices
-    starts = np.round((low + (high - low) * at) - thickness / voxel[0] / 2) * voxel[0]
+    starts = edge(low + (high - low) * at - thickness / voxel[0] / 2) * voxel[0]
     heights = starts + thickness / 2 - (low + high) / 2 * voxel[0]
     return Cut(weights(0, starts, thickness), pixels(1, size[0]), pixels(2, size[1]), heights)
 
@@ -252,6 +256,6 @@ def majority(planes: np.ndarray, cut: Cut, classes: int) -> Tensor:
         beyond = 1 - shares.sum(axis=0)  # beyond the volume's border lies background
         background, unlabelled = shares[0] + beyond, shares[classes]
         shares[0] = background + unlabelled
-        winner = shares[:classes].argmax(axis=0)
-        result.append(np.where((winner == 0) & (unlabelled > background), classes, winner))
+        winner = shares[:classes].round(5).argmax(axis=0)  # rounded, else equals would differ by rounding errors
+        result.append(np.where((winner == 0) & (unlabelled > background + 1e-5), classes, winner))
     return torch.from_numpy(np.stack(result).astype(np.int64))

@@ -14,8 +14,9 @@ is one of several levels, chosen by likelihood, and a slice from a place that no
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Self
 
 import numpy as np
@@ -249,7 +250,8 @@ def _maximise(
     )
     pull = (slopes * (z[:, None] - kept[..., None])).sum(1) @ basis.T  # (B, P)
     target = torch.cat([fitted * (precision * z[:, None]).sum(2) + kept, pull], 1)
-    means, coefficients = torch.linalg.solve(matrix, target[..., None])[..., 0].split([gaussians, len(basis)], 1)
+    solution = torch.linalg.solve(matrix.double(), target.double()[..., None])[..., 0].to(z)  # small, ill-conditioned
+    means, coefficients = solution.split([gaussians, len(basis)], 1)
 
     log_bias = coefficients @ basis
     residual = z[:, None] - biased * log_bias[:, None] - means[..., None]
@@ -305,11 +307,33 @@ def register(
     return best
 
 
+def _candidates(images: Tensor, atlas: Atlas, gaussians: Sequence[int] | None, bias_order: int) -> Iterator[Mixture]:
+    """A short fit at each level of the atlas from each of two starts, for the last value of the likelihood only.
+
+    A field that is fitted from the beginning may explain anatomy away, one that comes later may find intensities that
+    are explained already: which goes wrong depends on the image.
+    """
+    for level in atlas.prior.to(images):
+        prior = level.expand(len(images), -1, -1, -1)
+        plain = fit_mixture(images, prior, gaussians, bias_order=0, iterations=SCOUT)
+        coefficients = plain.coefficients.new_zeros(len(images), len(cosines((1, 1), bias_order, images)))
+        for start in (None, replace(plain, coefficients=coefficients)):
+            fit = fit_mixture(images, prior, gaussians, bias_order=bias_order, iterations=SCOUT, start=start)
+            yield replace(fit, log_likelihood=fit.log_likelihood[:, -1:])
+
+
+def _likelier(first: Mixture, second: Mixture) -> Mixture:
+    """Of each image, the likelier of two fits."""
+    better = (second.log_likelihood > first.log_likelihood)[:, 0]
+    pairs = ((name, value, getattr(second, name)) for name, value in vars(first).items())
+    return Mixture(**{name: torch.where(better.reshape(-1, *(1,) * (a.ndim - 1)), b, a) for name, a, b in pairs})
+
+
 @torch.no_grad()
 def fit_atlas(
     images: Tensor, atlas: Atlas, gaussians: Sequence[int] | None = None, *, bias_order: int = 3, affine: bool = True
 ) -> Mixture:
-    """Choose each image's level by likelihood, fit the mixture, and register the atlas in turns with it.
+    """Choose each image's level and start by likelihood, then fit the mixture and register the atlas in turns.
 
     Args:
         images: (B, 1, H, W), [0, 1], as large as the atlas.
@@ -325,15 +349,8 @@ def fit_atlas(
             f"Images of {tuple(images.shape[-2:])} do not fit an atlas of {tuple(atlas.prior.shape[-2:])}: build it "
             "from label maps of the same size."
         )
-    bank = atlas.prior.to(images)
-    scores = [
-        fit_mixture(
-            images, prior.expand(len(images), -1, -1, -1), gaussians, bias_order=bias_order, iterations=SCOUT
-        ).log_likelihood[:, -1]
-        for prior in (bank if len(bank) > 1 else [])
-    ]
-    prior = bank[torch.stack(scores).argmax(0)] if scores else bank.expand(len(images), -1, -1, -1)
-    fit = fit_mixture(images, prior, gaussians, bias_order=bias_order, iterations=SCOUT)
+    fit = reduce(_likelier, _candidates(images, atlas, gaussians, bias_order))
+    prior = fit.prior
     history = [fit.log_likelihood]
     pose = images.new_zeros(len(images), 6)
     for _ in range(ROUNDS if affine else 0):

@@ -4,11 +4,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from synthrepro.bilevel import Step
+from synthrepro.data import load_task
 from synthrepro.evidence import Cell, Context, load_profile
 from synthrepro.methods import learn2synth as l2s
 from synthrepro.models import unet
 from synthrepro.synthesis import GaussianNoise, IntensityNonUniformity, LabelsToImage, Nonparametric, Parametric
-from synthrepro.training import LOSSES, stream
+from synthrepro.training import LOSSES, seeded, stream
 
 ANATOMY = {"size": (32, 32), "spacing": 6.0, "subjects": (4, 1, 2), "slices": 2}
 SETTINGS = {
@@ -51,7 +53,7 @@ def test_the_hypergradient_is_the_derivative_of_the_whole_step(augmenter: str, l
     draw = module.draw(synthetic[0], stream(0, "draw"))
     direction = {n: torch.randn(p.shape, generator=stream(1, n), dtype=p.dtype) for n, p in theta.items()}
 
-    def step(size: float) -> l2s.Step:
+    def step(size: float) -> Step:
         moved = {n: p + size * direction[n] for n, p in theta.items()}
         return l2s.learn2synth_step(network, module, phi, moved, (*synthetic, draw), real, settings, None)
 
@@ -69,7 +71,7 @@ def test_the_segmentation_network_never_steps_on_a_real_image(labels: torch.Tens
 
     def trained(name: str, real: l2s.Pairs, alpha: float, hyper_lr: float) -> tuple[torch.Tensor, torch.Tensor]:
         settings = l2s.Settings(**(SETTINGS | {"alpha": alpha, "hyper_lr": hyper_lr}))
-        network = l2s.seeded(lambda: unet(1, 4, (4, 8)), stream(0, "network"))
+        network = seeded(lambda: unet(1, 4, (4, 8)), stream(0, "network"))
         augmenter = GaussianNoise("fixed", 0.1)
         l2s.learn2synth(network, augmenter, synthetic, real, settings, 0, Context(tmp_path / name))
         return torch.cat([p.detach().flatten() for p in network.parameters()]), augmenter.sigma.detach()
@@ -110,7 +112,7 @@ def test_a_killed_training_goes_on_where_it_was(
     settings = l2s.Settings(**(SETTINGS | {"update": update, "every": every, "steps": 6}))
 
     def train(folder: str, real: l2s.Pairs) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
-        network = l2s.seeded(lambda: unet(1, 4, (4, 8)), stream(0, "network"))
+        network = seeded(lambda: unet(1, 4, (4, 8)), stream(0, "network"))
         trail = l2s.learn2synth(
             network, GaussianNoise("fixed", 0.3), synthetic, real, settings, 0, Context(tmp_path / folder)
         )
@@ -135,7 +137,7 @@ def test_plain_training_goes_on_where_it_was_too(
     synthetic, _ = batches(labels)
     weights = []
     for folder, stop in (("a", 2), ("a", 4), ("b", 4)):
-        network = l2s.seeded(lambda: unet(1, 4, (4, 8)), stream(0, "network"))
+        network = seeded(lambda: unet(1, 4, (4, 8)), stream(0, "network"))
         settings = l2s.Settings(**(SETTINGS | {"steps": stop}))
         l2s.fit(network, synthetic, settings, 0, Context(tmp_path / folder))
         weights.append(network.state_dict())
@@ -156,7 +158,7 @@ def test_a_target_has_the_noise_and_the_field_of_its_preset() -> None:
 
 
 def test_halves_share_no_individual_and_a_seed_redraws_them() -> None:
-    task = l2s.load_task("brain-mni", **ANATOMY)
+    task = load_task("brain-mni", **ANATOMY)
     synthesis = l2s.generator(task, l2s.Anatomy(**ANATOMY))
     halves = [l2s.Halves(task, synthesis, 2, seed, torch.device("cpu")) for seed in range(4)]
     train = task.splits["train"]
@@ -174,12 +176,11 @@ def test_halves_share_no_individual_and_a_seed_redraws_them() -> None:
     ids=lambda cell: cell.method,
 )  # fmt: skip
 def test_every_kind_of_recovery_cell_runs_and_repeats(cell: Cell, tmp_path: Path) -> None:
-    result = l2s.noise_recovery_run(cell, RECOVERY, Context(tmp_path / "a"))
-    assert result.metrics == l2s.noise_recovery_run(cell, RECOVERY, Context(tmp_path / "b")).metrics
+    builders = l2s.EXPERIMENTS["noise_recovery"].artefacts
+    result = l2s.noise_recovery_run(cell, RECOVERY, Context(tmp_path / "a", builders))
+    assert result.metrics == l2s.noise_recovery_run(cell, RECOVERY, Context(tmp_path / "b", builders)).metrics
     assert {"sigma", "preset", "sigma_error", "dice_real", "dice_trivial"} <= result.metrics.keys()
-    assert [case["subject"] for case in result.cases] == list(
-        l2s.load_task("brain-mni", **ANATOMY).splits["test"].subjects
-    )
+    assert [case["subject"] for case in result.cases] == list(load_task("brain-mni", **ANATOMY).splits["test"].subjects)
     if cell.method == "bias":
         assert math.isclose(
             result.metrics["exponent_error"],
@@ -195,13 +196,22 @@ def test_the_cells_of_noise_recovery_are_those_of_the_paper_in_order_of_priority
     assert len({c.key for c in cells}) == len(cells)
 
 
-@pytest.mark.parametrize("arm", ["supervised", "synthseg", "learn2synth-parametric", "learn2synth-nonparametric"])
-def test_every_arm_of_in_domain_runs(arm: str, tmp_path: Path) -> None:
-    config = l2s.InDomain(**SETTINGS, anatomy=ANATOMY, arms=(arm,), seeds=1)
-    (cell,) = l2s.in_domain_cells(config)
-    result = l2s.in_domain_run(cell, config, Context(tmp_path))
-    assert 0 <= result.metrics["dice"] <= 1
-    assert {"dice", "jaccard", "surface_dice", "hausdorff95", "dice_gm"} <= result.cases[0].keys()
+def test_noise_matrix_tests_the_network_of_noise_recovery_at_every_noise(tmp_path: Path) -> None:
+    lists = {"noises": ("0.10",), "seeds": 1}
+    matrix = l2s.NoiseMatrix(
+        **SETTINGS, anatomy=ANATOMY, bias_noise="0.05", test_noises=("0", "0.10", "0.025-0.2"), **lists
+    )
+    first, last = l2s.noise_matrix_cells(matrix)
+    assert (first.method, last.method) == ("fixed", "synthseg")
+    context = Context(tmp_path, l2s.EXPERIMENTS["noise_matrix"].artefacts)
+    result = l2s.noise_matrix_run(first, matrix, context)
+    recovered = l2s.noise_recovery_run(first, RECOVERY, context)
+    assert len(context.artefacts) == 1  # trained once for both
+    assert [c for c in result.cases if c["split"] == "noise-0.10"] == [
+        c | {"split": "noise-0.10"} for c in recovered.cases
+    ]
+    assert {c["split"] for c in result.cases} == {"noise-0", "noise-0.10", "noise-0.025-0.2"}
+    assert l2s.noise_matrix_run(last, matrix, context).metrics != result.metrics
 
 
 @pytest.mark.parametrize("axis", ["noise", "split"])
