@@ -80,7 +80,7 @@ def read_labels(path: Path, table: Mapping[int, int], flat: bool = False) -> Vol
     for extreme in (int(values.min()), int(values.max())):
         if not 0 <= extreme < len(known):
             raise UserError(_unknown(path, extreme))
-    values = values.astype(np.intp, copy=False)
+    values = values.astype(np.intp) if values.dtype.kind == "f" else values
     classes = known[values]
     if (classes < 0).any():
         raise UserError(_unknown(path, int(values[classes < 0].min())))

@@ -48,7 +48,7 @@ class Atlas:
 
     @classmethod
     def from_labels(
-        cls, labels: Tensor, classes: int, smoothing: float = 1.0, levels: int = 1, floor: float = 0.01
+        cls, labels: Tensor, classes: int, smoothing: float = 1.0, levels: int = 1, floor: float = 0.05
     ) -> Self:
         """Count labels at each place.
 

@@ -1,7 +1,8 @@
 """Augmentation chosen against the network: noise, bias field, deformation and affine map by gradient ascent.
 
 The idea of AdvChain (Chen et al., Enhancing MR image segmentation with realistic adversarial data augmentation,
-Medical Image Analysis 2022), written anew from the paper and the description of its software. Its training step is ::
+Medical Image Analysis 2022), written anew; what it does is taken from its abstract and its software's documentation
+and behaviour (cherise215/advchain, 2022). Its training step is ::
 
     reference = probabilities(network, images)  # what the network says of the clean images
     hard, hard_reference = adversarial_images(network, images, reference, consistency_loss, bounds, generator=generator)
@@ -10,13 +11,15 @@ Medical Image Analysis 2022), written anew from the paper and the description of
 With label maps for `reference` and a segmentation loss for `consistency_loss` the same function gives supervised
 adversarial training.
 
-As in the paper: the four transformations, the random start, one step of ascent by default, all parameters at once, by
-the sign of the gradient (noise: its direction), and during the ascent the network's answer is warped back to where the
-clean image has its target. Differences: the order is always noise, bias, deformation, affine (theirs is random, and so
-is how many take part); consistency is the mean squared distance of the probabilities (they add half a contour loss,
-which compares edges); the loss that trains the network compares on the deformed image, with the target deformed along,
-where theirs warps the answer back; and the ascent sees the network in evaluation mode (theirs in training mode, batch
-statistics not recorded), which for networks without dropout and batch normalisation is the same.
+As there: the four transformations, the random start, one step of ascent by default, all parameters moved at once, and
+during the ascent the network's answer is warped back to where the clean image has its target. Differences: the order
+is always noise, bias, deformation, affine (theirs is drawn at random, and so is how many take part); bias field and
+deformation are bounded point by point and step by the gradient's sign, as the affine map does there too (theirs are
+bounded by a norm and step along the gradient, as the noise does in both); consistency is the mean squared distance of
+the probabilities (they add half a contour loss, which compares edges); the loss that trains the network compares on the
+deformed image, with the target deformed along, where theirs warps the answer back; and the ascent sees the network in
+evaluation mode (theirs as it is, batch statistics not recorded), which for networks without dropout and batch
+normalisation is the same.
 """
 
 import math

@@ -42,6 +42,8 @@ from synthrepro.methods.learn2synth.arms import (
     task_of,
     train_arm,
 )
+from synthrepro.methods.learn2synth.cost import Cost, cost_cells, cost_run, saved_bytes, step_of
+from synthrepro.methods.learn2synth.horizon import Horizon, horizon_cells, horizon_run, horizon_train, window
 from synthrepro.methods.learn2synth.known import (
     STARTS,
     Anatomy,
@@ -77,9 +79,11 @@ __all__ = [
     "Arm",
     "ArmSettings",
     "Augmenter",
+    "Cost",
     "CrossContrast",
     "ExponentsFromImages",
     "Halves",
+    "Horizon",
     "InDomain",
     "NoiseMatrix",
     "NoiseRecovery",
@@ -88,6 +92,7 @@ __all__ = [
     "RiskProfile",
     "Settings",
     "by_subject",
+    "cost_run",
     "cross_contrast_run",
     "degrader",
     "exponent_values",
@@ -95,6 +100,8 @@ __all__ = [
     "field_energies",
     "fit",
     "generator",
+    "horizon_run",
+    "horizon_train",
     "in_domain_run",
     "inner_update",
     "learn2synth",
@@ -105,13 +112,16 @@ __all__ = [
     "noise_recovery_run",
     "plain_step",
     "risk_profile_run",
+    "saved_bytes",
     "scalars",
     "search",
+    "step_of",
     "target_set",
     "task_of",
     "train_arm",
     "train_on_known",
     "trivial_dice",
+    "window",
 ]
 
 EXPERIMENTS = {
@@ -161,6 +171,22 @@ EXPERIMENTS = {
             cross_contrast_run,
             lambda cell, config: config.steps,
             {"arm": train_arm},
+        ),
+        Experiment(
+            "horizon",
+            "The noise that is learned by looking further than one step ahead",
+            Horizon,
+            horizon_cells,
+            horizon_run,
+            lambda cell, config: config.steps,
+        ),
+        Experiment(
+            "cost",
+            "What a step of every arm and estimator costs",
+            Cost,
+            cost_cells,
+            cost_run,
+            lambda cell, config: config.repeats,
         ),
         Experiment(
             "risk_profile",
