@@ -5,13 +5,13 @@ ships; the others are not read. Classes, and the value of what is brain but has 
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
-from synthrepro.data.brain_oasis import CLASSES, SPAN, UNLABELLED
+from synthrepro.data.brain_oasis import CLASSES, SPAN, UNLABELLED, with_tissues
 from synthrepro.data.task import Card, Split, Task
 from synthrepro.data.volumes import cut_axially, majority, read_labels
 
@@ -60,6 +60,7 @@ class Options(BaseModel):
         size: rows (front to back) and columns (left to right).
         spacing: side of a pixel in mm; a slice is as many whole mm thick.
         slices: slices a map, spread evenly over the brain's height between the fractions of `brain_oasis.SPAN`.
+        classes: "structures" or "tissues", as in `brain_oasis`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -67,6 +68,7 @@ class Options(BaseModel):
     size: tuple[PositiveInt, PositiveInt] = (64, 56)
     spacing: Annotated[float, Field(ge=1, le=9)] = 3.0
     slices: PositiveInt = 12
+    classes: Literal["structures", "tissues"] = "structures"
 
 
 def files(folder: Path) -> list[Path]:
@@ -98,7 +100,8 @@ def load(options: Options, folder: Path) -> Task:
         maps.append(majority(np.ascontiguousarray(labels.planes), cut, UNLABELLED))
         people += [name] * options.slices
     split = Split(torch.zeros(len(people), 0, *options.size), torch.cat(maps), tuple(people))
-    return Task("brain-labelmaps", CLASSES, 1, {"maps": split}, CARD)
+    task = Task("brain-labelmaps", CLASSES, 1, {"maps": split}, CARD)
+    return task if options.classes == "structures" else with_tissues(task)
 
 
 CARD = Card(

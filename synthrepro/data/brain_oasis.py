@@ -16,9 +16,9 @@ per scan, the label the proton density and T2*, and the signal equation of `mri`
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -84,6 +84,7 @@ STRUCTURES: dict[int, int] = {
 
 # Tissue of each class (0 CSF, 1 GM, 2 WM) as the challenge's table has it; what has no class is CSF.
 TISSUE_OF_CLASS = (0, 2, 1, 0, 1, 1, 1, 1, 1, 1, 1, 2, 2, 0)
+TISSUES = ("background", "CSF", "GM", "WM")  # CSF is that of the ventricles only
 
 WITH_IMAGE = ("1000", "1001", "1002", "1006", "1007", "1008", "1009", "1010", "1011", "1012")
 PEOPLE = {
@@ -106,6 +107,7 @@ class Options(BaseModel):
         spacing: side of a pixel in mm; a slice is as many whole mm thick. The brain is about 185 x 145 mm.
         subjects: how many of the ten people of train/ with a scan train and validate, in the order of their numbers.
         slices: slices a person, spread evenly over the brain's height between the fractions of `SPAN`.
+        classes: "structures" (`CLASSES`), or "tissues" (`TISSUES`), as the challenge's table groups them.
         bias: standard deviation of the logarithm of the receive field of simulated contrasts.
         noise: range of the uniform draw of their noise level, relative to bright tissue.
         seed: of bias and noise.
@@ -117,6 +119,7 @@ class Options(BaseModel):
     spacing: Annotated[float, Field(ge=1, le=9)] = 3.0
     subjects: tuple[PositiveInt, NonNegativeInt] = (10, 0)
     slices: PositiveInt = 12
+    classes: Literal["structures", "tissues"] = "structures"
     bias: NonNegativeFloat = 0.3
     noise: tuple[NonNegativeFloat, NonNegativeFloat] = (0.02, 0.06)
     seed: int = 0
@@ -263,7 +266,15 @@ def load(options: Options, folder: Path) -> Task:
         name: Split(torch.cat(images[name]), torch.cat(labels[name]), tuple(people[name])) if people[name] else empty
         for name in names
     }
-    return Task("brain-oasis", CLASSES, 1, splits, CARD)
+    task = Task("brain-oasis", CLASSES, 1, splits, CARD)
+    return task if options.classes == "structures" else with_tissues(task)
+
+
+def with_tissues(task: Task) -> Task:
+    """The same task with classes `TISSUES`; in "maps", brain without a class is `len(TISSUES)`."""
+    tissue = torch.tensor([0, *(k + 1 for k in TISSUE_OF_CLASS[1:-1]), len(TISSUES)])
+    splits = {name: replace(split, labels=tissue[split.labels]) for name, split in task.splits.items()}
+    return replace(task, classes=TISSUES, splits=splits)
 
 
 def with_unlabelled(labels: Volume) -> np.ndarray:

@@ -21,7 +21,6 @@ from synthrepro.data.task import Card, Split, Task
 from synthrepro.data.volumes import Volume, cut_axially, majority, read_pair
 from synthrepro.errors import UserError
 
-FAMILY = "real"
 SHARE = 0.2  # of the people who test, and of the rest those who validate
 FEWEST = 4  # people: one in every split
 

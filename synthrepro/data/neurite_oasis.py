@@ -16,11 +16,11 @@ from typing import Literal
 
 from synthrepro.data import cohorts
 from synthrepro.data.brain_oasis import UNLABELLED
-from synthrepro.data.cohorts import FAMILY, Scan
+from synthrepro.data.cohorts import Scan
 from synthrepro.data.task import Card, Task
 from synthrepro.errors import UserError
 
-__all__ = ["CARD", "FAMILY", "Options", "check", "files", "load"]
+FAMILY = "real"
 
 FORMS = {"slices": ("slice_norm", "slice_seg24", "seg24_labels.txt"),
          "volumes": ("aligned_norm", "aligned_seg35", "seg35_labels.txt")}  # fmt: skip

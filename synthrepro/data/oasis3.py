@@ -13,11 +13,13 @@ from pathlib import Path
 
 from synthrepro.data import cohorts
 from synthrepro.data.brain_labelmaps import FREESURFER
-from synthrepro.data.cohorts import FAMILY, Options, Scan
+from synthrepro.data.cohorts import Options, Scan
 from synthrepro.data.task import Card, Task
 from synthrepro.errors import UserError
 
 __all__ = ["CARD", "FAMILY", "Options", "check", "files", "load"]
+
+FAMILY = "real"
 
 
 def files(folder: Path) -> list[Path]:

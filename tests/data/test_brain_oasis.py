@@ -29,7 +29,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, head: Callable, write_volum
     for path in brain_oasis.files(root):
         name, kind = path.name.split(".")[0].split("_")
         person = head(seed=int(name), zoom=0.94 + int(name) % 7 / 50)
-        write_volume(path, person.scan if kind == "SS" else person.labels(NUMBERS))
+        numbers = NUMBERS | ({13: 46} if path.parent.name == "test_old" else {})  # CSF in a sulcus, mostly unlabelled
+        write_volume(path, person.scan if kind == "SS" else person.labels(numbers))
     return root
 
 
@@ -62,6 +63,22 @@ def test_images_labels_and_splits_are_of_the_promised_form(task: Callable):
         if name != "maps":
             assert split.images.min() >= 0
             assert split.images.max() == 1
+
+
+def test_tissues_group_the_structures(task: Callable):
+    fine, coarse = task(), task(classes="tissues")
+    assert coarse.classes == ("background", "CSF", "GM", "WM")
+    for name, split in coarse.splits.items():
+        structures = fine.splits[name].labels
+        of = {k: set(split.labels[structures == k].tolist()) for k in structures.unique().tolist()}
+        assert of.pop(0, {0}) == {0}  # nobody validates
+        if name == "maps":
+            assert of.pop(UNLABELLED) == {4}
+        names = {CLASSES[k]: found for k, found in of.items()}
+        assert names["ventricles"] == {1}
+        assert names["cerebral cortex"] == names["thalamus"] == names["cerebellar cortex"] == {2}
+        assert names["cerebral white matter"] == names["brain stem"] == {3}
+        assert torch.equal(split.images, fine.splits[name].images)
 
 
 def test_there_may_be_nobody_to_validate(task: Callable):
@@ -130,6 +147,17 @@ def test_every_number_of_a_structure_has_a_class_and_pairs_have_one():
     for right in (*range(100, 208, 2), *range(31, 34, 2), *range(38, 46, 2), *range(47, 66, 2), 36):
         assert STRUCTURES[right] == STRUCTURES[right + 1], right
     assert STRUCTURES[23] == STRUCTURES[30] == STRUCTURES[36]  # accumbens and caudate
+
+
+def test_tissues_are_those_of_the_challenges_table():
+    tissues = [
+        (0, (4, 11, 15, 46, 49, 50, 51, 52)),
+        (1, (23, 30, 31, 36, 38, 47, 55, 57, 59, 65, 71, 72, 73, 75, 76, *range(100, 208))),
+        (2, (35, 40, 41, 44, 45, 61, 62, 69)),
+    ]
+    for tissue, numbers in tissues:
+        assert {brain_oasis.TISSUE_OF_CLASS[STRUCTURES[number]] for number in numbers} == {tissue}
+    assert {number for number, value in STRUCTURES.items() if value == UNLABELLED} == {46, 63, 64}
 
 
 def test_slices_are_upright_and_labels_where_the_image_has_them(task: Callable):

@@ -70,6 +70,11 @@ from synthrepro.methods.learn2synth.known import (
     train_on_known,
     trivial_dice,
 )
+from synthrepro.methods.learn2synth.known_augmentation import (
+    KnownAugmentation,
+    known_augmentation_cells,
+    known_augmentation_run,
+)
 
 __all__ = [
     "ARMS",
@@ -85,6 +90,7 @@ __all__ = [
     "Halves",
     "Horizon",
     "InDomain",
+    "KnownAugmentation",
     "NoiseMatrix",
     "NoiseRecovery",
     "Pairs",
@@ -104,6 +110,7 @@ __all__ = [
     "horizon_train",
     "in_domain_run",
     "inner_update",
+    "known_augmentation_run",
     "learn2synth",
     "learn2synth_step",
     "network_for",
@@ -171,6 +178,14 @@ EXPERIMENTS = {
             cross_contrast_run,
             lambda cell, config: config.steps,
             {"arm": train_arm},
+        ),
+        Experiment(
+            "known_augmentation",
+            "The parametric against the nonparametric augmenter where the kind of augmentation is known",
+            KnownAugmentation,
+            known_augmentation_cells,
+            known_augmentation_run,
+            lambda cell, config: config.steps,
         ),
         Experiment(
             "horizon",
