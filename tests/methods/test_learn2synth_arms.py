@@ -17,7 +17,7 @@ SETTINGS = {
     "steps": 4, "batch": 2, "features": (4, 8), "norm": "instance", "loss": "dice", "update": "adam",
     "lr": 2e-3, "hyper_lr": 2e-2, "every": 2, "alpha": 1.0, "estimator": "exact",
     "size": (32, 32), "spacing": 6.0, "options": {"brain-mni": {"subjects": (8, 1, 2), "slices": 2}},
-    "real": {"brain-mni": 4}, "candidates": 2, "levels": 2,
+    "real": {"brain-mni": 4}, "nonparametric_lr": 1e-2, "candidates": 2, "levels": 2,
 }  # fmt: skip
 LISTS = {"tasks": ("brain-mni",), "seeds": 1}
 CPU = torch.device("cpu")
@@ -53,7 +53,7 @@ def test_every_arm_runs_and_is_scored_for_each_person(
     monkeypatch.setattr(
         arms, "task_of", lambda name, config: foreign(config) if name == "brain-labelmaps" else real(name, config)
     )
-    config = l2s.InDomain(**SETTINGS, arms=(arm,), **LISTS)
+    config = l2s.InDomain(**SETTINGS, arms=(arm,), foreign=(), **LISTS)
     (cell,) = arms.in_domain_cells(config)
     result = l2s.in_domain_run(cell, config, Context(tmp_path, l2s.EXPERIMENTS["in_domain"].artefacts))
     people = real("brain-mni", config).splits["test"].individuals
@@ -219,7 +219,7 @@ def test_cross_contrast_lists_arms_with_real_images_of_all_and_of_five() -> None
 
 def test_a_training_is_shared_by_the_two_experiments(tmp_path: Path) -> None:
     lists = LISTS | {"arms": ("supervised",)}
-    inside, across = l2s.InDomain(**SETTINGS, **lists), l2s.CrossContrast(**SETTINGS, few=(), **lists)
+    inside, across = l2s.InDomain(**SETTINGS, foreign=(), **lists), l2s.CrossContrast(**SETTINGS, few=(), **lists)
     context = Context(tmp_path, l2s.EXPERIMENTS["in_domain"].artefacts)
     one = l2s.in_domain_run(Cell("supervised", "brain-mni", 0), inside, context)
     two = l2s.cross_contrast_run(Cell("supervised", "brain-mni", 0, {"subjects": "all"}), across, context)

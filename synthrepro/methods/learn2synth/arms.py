@@ -93,6 +93,7 @@ class ArmSettings(Settings):
     spacing: float  # mm
     options: dict[str, dict[str, Any]]  # of each task, beside size and spacing
     real: dict[str, int]  # task -> people whose real images "all" means
+    nonparametric_lr: float  # of the nonparametric augmenter, in place of `hyper_lr`: its weights are many and small
     candidates: int  # augmentations tried by random search; they share the compute of Learn2Synth's hypergradients
     levels: int  # of the atlas: places along the head that slices come from
 
@@ -102,6 +103,7 @@ class InDomain(ArmSettings):
 
     tasks: tuple[str, ...] = Field(exclude=True)
     arms: tuple[str, ...] = Field(exclude=True)
+    foreign: tuple[str, ...] = Field(exclude=True)  # arms of brain-oasis with label maps of other people, too
     seeds: int = Field(exclude=True)
 
 
@@ -115,8 +117,10 @@ class CrossContrast(ArmSettings):
 
 
 def in_domain_cells(config: InDomain) -> list[Cell]:
-    """All seeds of an arm before the next, one task after the other."""
-    return [Cell(arm, task, seed) for task in config.tasks for arm in config.arms for seed in range(config.seeds)]
+    """All seeds of an arm before the next, one task after the other; last the arms with foreign label maps."""
+    found = [(arm, task) for task in config.tasks for arm in config.arms]
+    found += [(arm + FOREIGN, "brain-oasis") for arm in config.foreign]
+    return [Cell(arm, task, seed) for arm, task in found for seed in range(config.seeds)]
 
 
 def cross_contrast_cells(config: CrossContrast) -> list[Cell]:
@@ -310,6 +314,7 @@ def with_learn2synth(
     start = stream(pool.seed, "augmenter")
     if method == "learn2synth-nonparametric":
         augmenter: Augmenter = Nonparametric(start)
+        settings = settings.model_copy(update={"hyper_lr": settings.nonparametric_lr})
     else:
         modes = {"parametric": "fixed", "varying": "modulated", "range": "range"}
         mode: Any = modes[method.removeprefix("learn2synth-")]
