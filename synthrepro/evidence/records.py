@@ -8,7 +8,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ class Provenance:
         seconds: wall-clock time, that of interrupted attempts up to their last checkpoint included.
         peak_memory: MB, of the GPU where one was used, else of the process.
         started: UTC, ISO 8601.
+        same_as: other codes that gave this very cell the same numbers, digit for digit, when it was measured with them.
     """
 
     commit: str | None
@@ -49,6 +50,7 @@ class Provenance:
     seconds: float
     peak_memory: float
     started: str
+    same_as: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Record:
         metrics: name -> number or list of numbers; NaN where a number was not finite.
         cases: one dictionary a test case; NaN likewise.
         artefacts: `<name>-<hash>` of each artefact the cell used.
-        stale: whether the code has changed since; computed when the record is read, not stored.
+        stale: whether the code has changed since in a way that may matter; computed when read, not stored.
     """
 
     chapter: str
@@ -148,6 +150,9 @@ def read(path: Path, code: Callable[[str], str]) -> Record | None:
 def records(chapter: str, experiment: str, profile: str | None = None) -> list[Record]:
     """Measured and committed records of an experiment, sorted, one a key: the newest of those that are not stale.
 
+    A record of older code is not stale if one of its siblings (the same cell and data, another seed) was measured with
+    both codes and came out the same, digit for digit: then the change does not matter to it. So after a change that
+    should change nothing, `measure --stale --seeds 0` and `publish` are enough to show it, in every setting.
     Where all of a key are stale, the committed one stands. A file in `runs/` that is no whole record is left out
     with a warning.
 
@@ -161,10 +166,42 @@ def records(chapter: str, experiment: str, profile: str | None = None) -> list[R
     best: dict[str, Record] = {}
     for record in [*_committed(_published(chapter, experiment), code), *filter(None, measured)]:
         other = best.get(record.key)
-        newer = other is None or other.stale or other.provenance.started <= record.provenance.started
+        newer = other is None or other.stale or other.provenance.started < record.provenance.started
         if other is None or (newer and not record.stale):
             best[record.key] = record
-    return sorted((record for record in best.values() if profile in (None, record.profile)), key=_order)
+    chosen = _confirmed(list(best.values()))
+    return sorted((record for record in chosen if profile in (None, record.profile)), key=_order)
+
+
+def _confirmed(found: list[Record]) -> list[Record]:
+    """The same records, those of older code no longer stale where a sibling vouches for that code."""
+
+    def family(record: Record) -> str:
+        cell = record.cell
+        same = [record.profile, cell.method, cell.task, dict(cell.setting), record.config_hash, record.provenance.data]
+        return files.digest(same)
+
+    vouched: dict[str, set[str]] = {}
+    for record in found:
+        if not record.stale:
+            vouched.setdefault(family(record), set()).update(record.provenance.same_as)
+    return [
+        replace(record, stale=False) if record.provenance.code in vouched.get(family(record), ()) else record
+        for record in found
+    ]
+
+
+def _remember(record: Record, before: Record | None) -> Record:
+    """The record, with the codes that gave the same numbers before it."""
+    if before is None or _numbers(before) != _numbers(record):
+        return record
+    known = {*before.provenance.same_as, *record.provenance.same_as, before.provenance.code}
+    same = sorted(known - {record.provenance.code})
+    return replace(record, provenance=replace(record.provenance, same_as=same))
+
+
+def _numbers(record: Record) -> str:
+    return json.dumps(_without_nan([record.metrics, record.cases]), sort_keys=True)
 
 
 def publish() -> dict[Path, int]:
@@ -176,8 +213,10 @@ def publish() -> dict[Path, int]:
     with files.lock(paths.RUNS / "publish.lock", wait=True):
         for chapter in chapters():
             for folder in sorted(path for path in (paths.RUNS / chapter).glob("*/") if any(path.glob("*.json"))):
+                path = _published(chapter, folder.name)
+                before = {record.key: record for record in _committed(path, lambda task: "")}
                 kept = [record for record in records(chapter, folder.name) if record.profile != "smoke"]
-                path, text = _published(chapter, folder.name), "".join(to_json(record) + "\n" for record in kept)
+                text = "".join(to_json(_remember(record, before.get(record.key))) + "\n" for record in kept)
                 if text != (path.read_text() if path.exists() else ""):
                     files.write(path, lambda temporary, text=text: temporary.write_text(text))  # type: ignore[misc]
                     changed[path] = len(kept)

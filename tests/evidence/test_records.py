@@ -147,6 +147,50 @@ def test_publishing_replaces_a_stale_line_by_a_fresh_record_and_never_the_revers
     assert checkout.published.read_text() == old
 
 
+def test_a_sibling_that_comes_out_the_same_vouches_for_the_other_seeds(checkout):
+    code = checkout.chapter.read_text()
+    checkout.cli(*CPU)
+    checkout.cli("publish")
+    old = checkout.published.read_text().splitlines()
+
+    checkout.chapter.write_text(code.replace("* 1.7", "* (3.4 / 2)"))  # other code, the same numbers
+    assert checkout.cli(*CPU, "--dry-run", "--stale")[0].count("measure  ") == 4
+    checkout.cli(*CPU, "--seeds", "0", "--stale")
+    checkout.cli("publish")
+    lines = checkout.published.read_text().splitlines()
+    assert [line in old for line in lines] == [False, True, False, True]
+    before = json.loads(old[0])["provenance"]["code"]
+    assert [json.loads(line)["provenance"]["same_as"] for line in lines] == [[before], [], [before], []]
+    assert checkout.cli(*CPU, "--dry-run", "--stale")[0].count("measure  ") == 0
+    checkout.cli("publish")  # the copies in runs/ know of no other code
+    assert checkout.published.read_text().splitlines() == lines
+
+    checkout.chapter.write_text(code.replace("* 1.7", "* (6.8 / 4)"))  # and again: one seed vouches for both codes
+    checkout.cli(*CPU, "--seeds", "0", "--stale")
+    checkout.cli("publish")
+    assert checkout.cli(*CPU, "--dry-run", "--stale")[0].count("measure  ") == 0
+
+
+def test_a_sibling_of_another_setting_or_with_other_numbers_vouches_for_nobody(checkout):
+    code = checkout.chapter.read_text()
+    checkout.cli(*CPU)
+    checkout.cli("publish")
+    checkout.chapter.write_text(code.replace("* 1.7", "* 1.9"))  # a change that shows in every cell
+    checkout.cli(*CPU, "--seeds", "0", "--stale")
+    checkout.cli("publish")
+    assert checkout.cli(*CPU, "--dry-run", "--stale")[0].count("measure  ") == 2
+
+    checkout.chapter.write_text(code.replace("* 1.7", "* (3.4 / 2)"))
+    checkout.profile(methods=["plain"])
+    checkout.cli(*CPU, "--seeds", "0", "--stale")
+    checkout.cli("publish")
+    checkout.profile()
+    wanted = [
+        line.split()[2] for line in checkout.cli(*CPU, "--dry-run", "--stale")[0].splitlines() if "measure  " in line
+    ]
+    assert [name.split(".")[0] for name in wanted].count("fanciful") == 2
+
+
 def test_a_broken_line_of_the_committed_file_is_an_error_that_names_it(checkout):
     checkout.cli(*CPU)
     checkout.cli("publish")

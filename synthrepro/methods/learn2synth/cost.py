@@ -25,6 +25,7 @@ from synthrepro.bilevel import (
     stateless,
     unrolled,
 )
+from synthrepro.errors import UserError
 from synthrepro.evidence import Cell, Context, Result
 from synthrepro.methods.learn2synth.algorithm import inner_update, plain_step
 from synthrepro.methods.learn2synth.arms import ArmSettings, Pool, task_of
@@ -122,6 +123,8 @@ def step_of(method: str, config: Cost, context: Context) -> Callable[[], Any]:
         "neumann-5": after_step(partial(neumann, terms=5, lr=1e-2)),
         "cg-5": after_step(partial(conjugate_gradient, iterations=5, damping=100.0, tolerance=0.0)),
     }
+    if method not in estimators:
+        raise UserError(f"There is no step {method!r}; take plain, advchain, unrolled-4, {', '.join(estimators)}.")
     return lambda: hypergradient(inner, outer, phi, theta, update, state, estimators[method])
 
 

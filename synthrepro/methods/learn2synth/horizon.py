@@ -4,6 +4,7 @@ The authors' noise of 0.05 comes out as 0.042. Is that the bias of a hypergradie
 is still under-trained? Every estimator here trains a network for as many steps on the same images.
 """
 
+import re
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -26,8 +27,9 @@ from synthrepro.bilevel import (
     unrolled,
 )
 from synthrepro.data import load_task
+from synthrepro.errors import UserError
 from synthrepro.evidence import Cell, Context, Result
-from synthrepro.methods.learn2synth.algorithm import Pairs, inner_update, scalars
+from synthrepro.methods.learn2synth.algorithm import Pairs, _to, inner_update, scalars
 from synthrepro.methods.learn2synth.known import (
     Halves,
     KnownTargets,
@@ -41,6 +43,8 @@ from synthrepro.methods.learn2synth.known import (
 from synthrepro.metrics import cases
 from synthrepro.synthesis import GaussianNoise
 from synthrepro.training import LOSSES, segment, stream
+
+ESTIMATORS = ("exact", "finite-difference", "neumann", "cg")  # that step the augmenter at each step of the network
 
 
 class Horizon(KnownTargets):
@@ -67,12 +71,20 @@ def horizon_cells(config: Horizon) -> list[Cell]:
 def window(method: str) -> tuple[int, int | None]:
     """Steps between two steps of the augmenter, and how many of them are differentiated through (None: all).
 
-    ``unrolled-8`` is (8, None), ``truncated-8-2`` is (8, 2); every other method steps the augmenter at each step.
+    ``unrolled-8`` is (8, None), ``truncated-8-2`` is (8, 2); the others step the augmenter at each step.
+
+    Raises:
+        UserError: An unknown method.
     """
-    kind, *numbers = method.split("-")
-    if kind == "unrolled":
-        return int(numbers[0]), None
-    return (int(numbers[0]), int(numbers[1])) if kind == "truncated" else (1, None)
+    if method in ESTIMATORS:
+        return 1, None
+    match = re.fullmatch(r"unrolled-([1-9]\d*)|truncated-([1-9]\d*)-([1-9]\d*)", method)
+    if match is None:
+        raise UserError(
+            f"There is no hypergradient {method!r}; take {', '.join(ESTIMATORS)}, unrolled-K or truncated-K-T."
+        )
+    steps, ahead, last = match.groups()
+    return (int(steps), None) if steps else (int(ahead), int(last))
 
 
 def estimator(method: str, config: Horizon) -> str | Callable[..., Step]:
@@ -81,13 +93,16 @@ def estimator(method: str, config: Horizon) -> str | Callable[..., Step]:
     The implicit ones pretend that the network is trained to a minimum of the current batch's loss; the Hessian there
     is indefinite, so that conjugate gradients often stop early and warn. That is a finding, not an accident.
     """
-    found: dict[str, str | Callable[..., Step]] = {
-        "exact": "exact",
-        "finite-difference": partial(finite_difference, radius=1e-2),
-        "neumann": after_step(partial(neumann, terms=config.terms, lr=config.neumann_lr)),
-        "cg": after_step(partial(conjugate_gradient, iterations=config.terms, damping=config.damping, tolerance=1e-2)),
-    }
-    return found[method]
+    match method:
+        case "exact":
+            return "exact"
+        case "finite-difference":
+            return partial(finite_difference, radius=1e-2)
+        case "neumann":
+            return after_step(partial(neumann, terms=config.terms, lr=config.neumann_lr))
+        case _:
+            solver = partial(conjugate_gradient, iterations=config.terms, damping=config.damping, tolerance=1e-2)
+            return after_step(solver)
 
 
 def horizon_train(
@@ -107,12 +122,14 @@ def horizon_train(
     phi = {name: p.detach().clone() for name, p in network.named_parameters()}
     theta: dict[str, Tensor] = dict(augmenter.named_parameters())
     ahead, truncate = window(method)
+    if config.steps % ahead:
+        raise UserError(f"{config.steps} steps cannot be taken {ahead} at a time, as {method} does: take a multiple.")
     optimiser = torch.optim.Adam(theta.values(), config.hyper_lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, config.steps // ahead)
     loss, update, state = LOSSES[config.loss], inner_update(config), None
     trail: list[dict[str, float]] = []
     if saved := context.load("horizon"):
-        phi, state, trail = saved["phi"], saved["state"], saved["trail"]
+        phi, state, trail = _to(saved["phi"], context.device), _to(saved["state"], context.device), saved["trail"]
         augmenter.load_state_dict(saved["augmenter"])
         optimiser.load_state_dict(saved["optimiser"])
         schedule.load_state_dict(saved["schedule"])
@@ -122,7 +139,7 @@ def horizon_train(
         draw = augmenter.draw(x, stream(seed, f"augmentation {i}"))
         return lambda phi, theta: loss(stateless(network.train(), phi, stateless(augmenter, theta, x, draw)), y)
 
-    for i in context.progress(range(len(trail) * ahead, config.steps // ahead * ahead, ahead), "horizon"):
+    for i in context.progress(range(len(trail) * ahead, config.steps, ahead), "horizon"):
         x_real, y_real = real(i)
 
         def outer(phi: dict[str, Tensor], theta: dict[str, Tensor], x: Tensor = x_real, y: Tensor = y_real) -> Tensor:

@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from synthrepro.data import load_task
+from synthrepro.errors import UserError
 from synthrepro.evidence import Cell, Context, Result
 from synthrepro.methods.learn2synth.algorithm import Augmenter, fit, learn2synth, scalars
 from synthrepro.methods.learn2synth.known import (
@@ -30,6 +31,7 @@ class KnownAugmentation(KnownTargets):
     """Configuration of `known_augmentation`; `bias_noise` is the noise of the targets."""
 
     target_exponents: str  # preset of the targets' bias field
+    nonparametric_lr: float  # of the nonparametric augmenter, in place of `hyper_lr`
     arms: tuple[str, ...] = Field(exclude=True)
     seeds: int = Field(exclude=True)
 
@@ -49,16 +51,23 @@ def known_augmentation_run(cell: Cell, config: KnownAugmentation, context: Conte
     halves = Halves(task, generator(task, config.anatomy), config.batch, cell.seed, device)
     degrade = degrader(config.bias_noise, config.target_exponents).to(device)
     network = network_for(task, config, cell.seed, device)
+    start = stream(cell.seed, "augmenter")
     metrics: dict[str, Any] = {}
-    if cell.method == "synthseg-plain":
-        fit(network, halves.synthetic, config, cell.seed, context)
-    else:
-        start = stream(cell.seed, "augmenter")
-        augmenter: Augmenter = Nonparametric(start)
-        if cell.method == "learn2synth-parametric":
+    settings = config
+    augmenter: Augmenter | None = None
+    match cell.method:
+        case "learn2synth-parametric":
             augmenter = Parametric(IntensityNonUniformity(generator=start), GaussianNoise("fixed", generator=start))
+        case "learn2synth-nonparametric":
+            augmenter = Nonparametric(start)
+            settings = config.model_copy(update={"hyper_lr": config.nonparametric_lr})
+        case "synthseg-plain":
+            fit(network, halves.synthetic, config, cell.seed, context)
+        case _:
+            raise UserError(f"There is no arm {cell.method!r} in known_augmentation.")
+    if augmenter is not None:
         targets = halves.target(degrade)
-        learn2synth(network, augmenter.to(device), halves.synthetic, targets, config, cell.seed, context)
+        learn2synth(network, augmenter.to(device), halves.synthetic, targets, settings, cell.seed, context)
         metrics = {name: float(value) for name, value in scalars(augmenter).items()}
     x, y = target_set(task, halves.synthesis, degrade, device)
     subjects = task.splits["test"].subjects
