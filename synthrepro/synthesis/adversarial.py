@@ -105,8 +105,8 @@ def probabilities(network: nn.Module, images: Tensor) -> Tensor:
 
 
 def consistency_loss(logits: Tensor, reference: Tensor) -> Tensor:
-    """Mean squared distance of the softmax of logits from reference probabilities, (B, K, H, W) both."""
-    return F.mse_loss(logits.softmax(1), reference)
+    """Squared distance of the softmax of logits from reference probabilities, (B, K, H, W) both; a mean over pixels."""
+    return (logits.softmax(1) - reference).square().sum(1).mean()
 
 
 def draw(images: Tensor, bounds: Bounds, generator: torch.Generator) -> Draw:

@@ -68,8 +68,8 @@ ARMS = {
     "supervised-augmented": Arm("supervised UNet, strong intensity augmentation", False, True, plain),
     "atlas-mixture": Arm("atlas and Gaussian mixture, fitted per image", True, False, None),
     "synthseg": Arm("SynthSeg, its own generator", True, False, plain),
-    "synthseg-plain": Arm("SynthSeg, Learn2Synth's generator", True, False, plain),
-    "synthseg-searched": Arm("SynthSeg, noise and bias by random search", True, True, plain),
+    "synthseg-plain": Arm("naive SynthSeg: Learn2Synth's generator, no augmenter", True, False, plain),
+    "synthseg-searched": Arm("the same, noise and bias by random search", True, True, plain),
     "mixed": Arm("mixed SynthSeg", True, True, plain),
     "fine-tuned": Arm("fine-tuned SynthSeg", True, True, plain),
     "advchain": Arm("adversarial augmentation (AdvChain)", False, True, adversarial),
@@ -231,7 +231,10 @@ def descend(
     network.train()
     for i in context.progress(range(start, max(marks)), name):
         optimiser.zero_grad()
-        loss_at(i).backward()
+        value = loss_at(i)
+        if not torch.isfinite(value):
+            raise ValueError(f"The loss is {value.item()} at step {i} of {name}: lower the learning rate.")
+        value.backward()
         optimiser.step()
         if i + 1 in marks:
             kept[i + 1] = {key: value.detach().clone() for key, value in network.state_dict().items()}
@@ -246,7 +249,8 @@ def search(pool: Pool, build: Callable[[], nn.Module], settings: ArmSettings, co
 
     All candidates together take as many FLOPs as Learn2Synth's hypergradients: each starts from the same weights and
     is judged by the loss on all real images of the arm, which Learn2Synth's outer loss sees too. Sigma is log-uniform
-    from 0.005 to 0.5, the three exponents are uniform.
+    from 0.005 to 0.5, the three exponents are uniform. A short training favours what is easy to learn early, as a
+    hypergradient of one step does.
     """
     steps = max(1, round((hyper(settings) - 1) * settings.steps / settings.candidates))
     draws = stream(pool.seed, "candidates")
@@ -287,7 +291,8 @@ def train_arm(spec: dict[str, Any], folder: Path, context: Context) -> None:
     """Artefact `arm`: a network trained as the arm says.
 
     Args:
-        spec: method, task, seed, people (of real images), config (:class:`ArmSettings`).
+        spec: method, task, seed, people (of real images), config (:class:`ArmSettings`), data (hashes of the samples,
+            so that other files make another artefact).
         folder: Gets ``networks.pt``: states after equal steps and after equal FLOPs, and what was learned beside.
     """
     settings = ArmSettings(**spec["config"])
@@ -323,6 +328,8 @@ def with_learn2synth(
     trail = learn2synth(network, augmenter, pool.synthetic, pool.real, settings, pool.seed, context)
     every = max(1, len(trail) // 50)
     learned: dict[str, Any] = {name: float(value) for name, value in scalars(augmenter).items()}
+    if "sigma" in learned:
+        learned["sigma"] = abs(learned["sigma"])  # its sign means nothing
     return learned | {f"trail_{name}": [round(point[name], 5) for point in trail[::every]] for name in trail[0]}
 
 
@@ -384,7 +391,10 @@ def segmenters(cell: Cell, people: int, task: Task, config: ArmSettings, context
     named = (cell.task, "brain-labelmaps") if cell.method.endswith(FOREIGN) else (cell.task,)
     dump["options"] = {name: config.options[name] for name in named if name in config.options}
     dump["levels"], dump["real"] = 0, {}  # of other arms, or said by `people`
+    for name in named:
+        context.data(task_of(name, config))
     spec = {"method": cell.method, "task": cell.task, "seed": cell.seed, "people": people, "config": dump}
+    spec |= {"data": dict(sorted(context.data_hashes.items()))}
     saved = torch.load(context.artefact("arm", spec) / "networks.pt", map_location=context.device, weights_only=True)
 
     def of(state: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
@@ -436,8 +446,9 @@ def scored(cell: Cell, people: int, config: ArmSettings, context: Context, wante
             row["dice_flops"] = round(float(dice(*stacked, len(task.classes)).nanmean()), 4)
         for score in ("dice", "dice_flops", "jaccard", "surface_dice", "hausdorff95"):
             metrics[f"{score} {name}"] = float(np.nanmean([row[score] for row in rows]))
+        together = split.labels.flatten(0, 1)[None]  # (1, N H, W)
         constant = (
-            dice(torch.full_like(split.labels, k), split.labels, len(task.classes)).nan_to_num(0).mean()
+            dice(torch.full_like(together, k), together, len(task.classes)).nan_to_num(0).mean()
             for k in range(1, len(task.classes))
         )
         metrics[f"dice_trivial {name}"] = float(max(constant))

@@ -68,7 +68,7 @@ def known_augmentation_run(cell: Cell, config: KnownAugmentation, context: Conte
     if augmenter is not None:
         targets = halves.target(degrade)
         learn2synth(network, augmenter.to(device), halves.synthetic, targets, settings, cell.seed, context)
-        metrics = {name: float(value) for name, value in scalars(augmenter).items()}
+        metrics = {name: abs(float(value)) for name, value in scalars(augmenter).items()}  # sigma's sign means nothing
     x, y = target_set(task, halves.synthesis, degrade, device)
     subjects = task.splits["test"].subjects
     found = cases(segment(network, x).cpu(), y.cpu(), subjects, "test", task.classes, config.anatomy.spacing)
