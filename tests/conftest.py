@@ -20,6 +20,7 @@ import time
 from pydantic import Field
 
 from synthrepro import paths
+from synthrepro.errors import UserError
 from synthrepro.evidence import Cell, Config, Experiment, Result
 
 
@@ -43,6 +44,8 @@ def run(cell, config, context):
     log("begin", cell.key, os.environ.get("OMP_NUM_THREADS"))
     if cell.method == "broken":
         raise RuntimeError("the broken arm broke")
+    if cell.method == "spoilt":
+        raise UserError("numbers.txt is spoilt: get it again.")
     base = float((context.artefact("base", {"of": cell.method}) / "value").read_text())
     checkpoint = context.folder / "checkpoint.json"
     state = json.loads(checkpoint.read_text()) if checkpoint.exists() else {"step": 0, "value": base + cell.seed}

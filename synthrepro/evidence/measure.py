@@ -76,10 +76,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a job: a record, the traceback of its failure, or neither where another process has it."""
+    """What became of a job: a record, its failure, or neither where another process has it.
+
+    A failure is a traceback, or the sentence of a `UserError`: then nothing is wrong with the code.
+    """
 
     record: Record | None = None
     failure: str | None = None
+    sentence: bool = False
 
 
 def measure(
@@ -224,7 +228,7 @@ def _work_off(jobs: list[Job], executor: concurrent.futures.Executor, width: int
     """Settle every job, at most `width` at a time, first come first served."""
     from tqdm import tqdm
 
-    waiting, elsewhere, failed = list(jobs), list[Job](), list[Job]()
+    waiting, elsewhere, failed = list(jobs), list[Job](), list[tuple[Job, Outcome]]()
     running: dict[concurrent.futures.Future[Outcome], Job] = {}
     polled = time.monotonic()
     with tqdm(total=len(jobs), desc="cells", unit="cell", disable=not sys.stderr.isatty()) as bar:
@@ -247,8 +251,9 @@ def _work_off(jobs: list[Job], executor: concurrent.futures.Executor, width: int
                 except Exception:  # a Dask cluster that lost the cell
                     outcome = Outcome(failure=traceback.format_exc())
                 if outcome.failure:
-                    failed.append(job)
-                    tqdm.write(f"{job.experiment} {job.cell.key}\n{outcome.failure}", file=sys.stderr)
+                    failed.append((job, outcome))
+                    between = ": " if outcome.sentence else "\n"
+                    tqdm.write(f"{job.experiment} {job.cell.key}{between}{outcome.failure}", file=sys.stderr)
                 elif outcome.record is None:
                     elsewhere.append(job)
                     continue
@@ -256,8 +261,11 @@ def _work_off(jobs: list[Job], executor: concurrent.futures.Executor, width: int
                     _keep(outcome.record, job.path)  # a Dask worker may have another disk
                 bar.update()
     if failed:
-        names = ", ".join(f"{job.experiment} {job.cell.key}" for job in failed)
-        raise UserError(f"{len(failed)} of {len(jobs)} cells failed, tracebacks above: {names}.")
+        reasons = {outcome.failure for _, outcome in failed if outcome.sentence}
+        if len(reasons) == 1 and all(outcome.sentence for _, outcome in failed):
+            raise UserError(f"{len(failed)} of {len(jobs)} cells failed for one reason: {reasons.pop()}")
+        names = ", ".join(f"{job.experiment} {job.cell.key}" for job, _ in failed)
+        raise UserError(f"{len(failed)} of {len(jobs)} cells failed, reasons above: {names}.")
 
 
 def attempt(job: Job) -> Outcome:
@@ -275,6 +283,8 @@ def attempt(job: Job) -> Outcome:
             try:
                 record = _measured(job, experiment, context, code)
                 _keep(record, job.path)
+            except UserError as error:
+                return Outcome(failure=str(error), sentence=True)
             except Exception:
                 return Outcome(failure=traceback.format_exc())
         for scratch in job.scratches():

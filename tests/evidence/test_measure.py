@@ -120,6 +120,19 @@ def test_a_cell_that_raises_shows_its_traceback_once_and_the_others_are_measured
         assert set(checkout.values()) == {"plain 0", "fanciful 0"}
 
 
+def test_a_cell_whose_data_are_spoilt_says_so_in_a_sentence_and_no_traceback(checkout):
+    checkout.profile(methods=["plain", "spoilt"], seeds=[0, 1])
+    for jobs in ("1", "2"):
+        _output, error = checkout.cli(*CPU, "--jobs", jobs, status=1)
+        assert "Traceback" not in error
+        assert "counting spoilt.numbers.seed=0: numbers.txt is spoilt: get it again." in error.splitlines()
+        last = error.splitlines()[-1]
+        assert last.endswith("cells failed for one reason: numbers.txt is spoilt: get it again.")
+    checkout.profile(methods=["spoilt", "broken"], seeds=[0])
+    _output, error = checkout.cli(*CPU, status=1)
+    assert "2 of 2 cells failed, reasons above" in error.splitlines()[-1]
+
+
 @pytest.mark.parametrize("jobs", ["1", "2"])
 def test_ctrl_c_stops_cleanly(checkout, jobs):
     checkout.profile(steps=1000, pause=0.01)
