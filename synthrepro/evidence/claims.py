@@ -8,6 +8,10 @@ On real data a claim is *reproduced*, *contradicted* or *inconclusive*; on embed
 here*, or is *undecided here*: an interval across the margin speaks neither for nor against, and to call that "does not
 hold" would turn a lack of seeds into a finding. Everything else is *not tested*, with the reason.
 
+A claim about trained networks may say when its records are too early to decide it (`settled`): if an arm still gains
+from further training, the comparison is of who learns faster, and the verdict is *inconclusive* or *undecided here*
+whichever way it points.
+
 The chapter's primary claim is decided by itself; the others are Holm-corrected together, those without records yet
 included, so that a later experiment does not change how many they are.
 """
@@ -66,6 +70,20 @@ ASKS: dict[Kind, str] = {
 }
 
 
+class Settled(Data):
+    """When a comparison of trained networks means something: the arm has stopped gaining.
+
+    Attributes:
+        where: the arm, and the split of its cases.
+        metric: such as "dice_flops - dice", what it gained by training further.
+        within: the most that this may be on average.
+    """
+
+    where: dict[str, Scalar]
+    metric: str
+    within: float
+
+
 class Claim(Data):
     """One claim of a paper. A claim with `not_tested`, a reason, has none of the attributes below it.
 
@@ -83,6 +101,7 @@ class Claim(Data):
         minus: laid over both arms, the comparison whose difference is subtracted (`interaction`).
         along: the field that makes levels: rising sizes for `ratio`, the worst first for `trend`.
         by: the claim must hold at each value of these fields.
+        settled: without it met, the records decide nothing, whichever way they point.
     """
 
     id: str
@@ -104,6 +123,7 @@ class Claim(Data):
     minus: dict[str, Scalar] = Field(default_factory=dict)
     along: str = ""
     by: list[str] = Field(default_factory=list)
+    settled: Settled | None = None
 
     @property
     def metrics(self) -> list[str]:
@@ -219,7 +239,7 @@ class Verdict:
     Attributes:
         source: where the paper's values stand.
         verdict: its word.
-        reason: why it is not tested, or what was left out.
+        reason: why it is not tested or decides nothing, or what was left out.
         tier, task, profile, seeds: what it stands on; None and 0 where it is not tested.
         parts: all comparisons that the claim asks for.
         holds, fails: p-values of the evidence for and against it.
@@ -307,6 +327,8 @@ def _judge(chapter: str, claim: Claim, tiers: Mapping[str, Tier], records: Recor
         holds, fails = (float(p) for p in verdicts.combine(parts))
         p = float(verdicts.two_sided(holds, fails))
         tier = tiers[task]
+        if unsettled := _unsettled(claim, usable):
+            p, left_out = 1.0, "; ".join(filter(None, [unsettled, left_out]))
         return Verdict(chapter, claim, source, "", left_out, tier, task, profile, seeds, tuple(parts), holds, fails, p)
     smoke = "only smoke records" if any(record.profile == "smoke" for record in found) else "no records yet"
     return replace(untested, reason="; ".join(reasons) or f"experiment {claim.experiment} has {smoke}")
@@ -334,6 +356,20 @@ def _compare(claim: Claim, found: Sequence[Record]) -> tuple[list[Part], int]:
             for part in _decide(claim, arms):
                 parts.append(replace(part, label=", ".join([*names, *filter(None, [part.label])])))
     return parts, min(seeds)
+
+
+def _unsettled(claim: Claim, found: Sequence[Record]) -> str:
+    """Why the networks compared are not trained far enough to compare them; empty if they are."""
+    if claim.settled is None:
+        return ""
+    wanted = claim.settled
+    (array,) = paired([scores(found, wanted.where, wanted.metric)])
+    if not len(array):
+        return f"too early to tell: {wanted.where['method']} is not measured, which shows whether training is done"
+    gain = float(array.mean())
+    if gain <= wanted.within:
+        return ""
+    return f"too early: {wanted.where['method']} still gains {gain:.3f} ({wanted.metric}), more than {wanted.within:g}"
 
 
 def _levels(where: Mapping[str, Scalar | list[Scalar]], name: str) -> list[Scalar]:
@@ -410,7 +446,7 @@ def _row(one: Verdict) -> str:
     evidence = f"{TIERS[one.tier or 'embedded']}: {one.task}, {one.profile}, {one.seeds} seeds"
     estimate = f"{part.estimate:.3g} [{part.low:.3g}, {part.high:.3g}]" + (f" at {part.label}" if part.label else "")
     verdict = one.verdict
-    if one.p >= ALPHA:
+    if one.p >= ALPHA and not one.reason.startswith("too early"):
         verdict += f" (could have seen {part.smallest:.2g} from the margin)"
     verdict += f"; {one.reason}" if one.reason else ""
     p = "< 0.001" if one.p < 0.001 else f"{one.p:.3f}"

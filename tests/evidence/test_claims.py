@@ -104,6 +104,21 @@ def test_the_word_follows_from_the_interval_and_the_tier(write, new, task, word)
     assert 0 < part.smallest < 0.05
 
 
+@pytest.mark.parametrize("new", [0.9, 0.3])
+def test_networks_that_are_still_learning_decide_nothing_either_way(write, new):
+    settled = {"where": {"method": "plain"}, "metric": "dice - target", "within": 0.02}  # targets are 0.5
+    write(PRIMARY | {"settled": settled, "tasks": ["brains"]})
+    compared = [*arm("new", new, task="brains"), *arm("old", 0.5, task="brains")]
+    early = judge(*compared, *arm("plain", 0.53, task="brains"))["first"]
+    assert early.verdict == "inconclusive"
+    assert early.reason == "too early: plain still gains 0.030 (dice - target), more than 0.02"
+    assert "could have seen" not in claims.render("md", [early])
+    assert judge(*compared)["first"].reason.startswith("too early to tell: plain is not measured")
+    done = judge(*compared, *arm("plain", 0.51, task="brains"))["first"]
+    assert done.verdict == ("reproduced" if new > 0.5 else "contradicted")
+    assert done.reason == ""
+
+
 def test_an_undecided_claim_says_what_it_could_have_seen(write):
     write(PRIMARY)
     found = claims.judge("toy", lambda *_: [*arm("new", 0.601), *arm("old", 0.5)])
