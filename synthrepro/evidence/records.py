@@ -93,6 +93,8 @@ def to_json(record: Record) -> str:
     """One line of standard JSON, the same for equal records."""
     content = _without_nan(asdict(record))
     del content["stale"]
+    if not record.provenance.same_as:  # so that older lines stay as they are
+        del content["provenance"]["same_as"]
     return json.dumps(content, sort_keys=True, allow_nan=False)
 
 
