@@ -449,7 +449,7 @@ def _row(one: Verdict) -> str:
     if one.p >= ALPHA and not one.reason.startswith("too early"):
         verdict += f" (could have seen {part.smallest:.2g} from the margin)"
     verdict += f"; {one.reason}" if one.reason else ""
-    p = "< 0.001" if one.p < 0.001 else f"{one.p:.3f}"
+    p = "–" if one.reason.startswith("too early") else "< 0.001" if one.p < 0.001 else f"{one.p:.3f}"
     return f"| {title} | {asks} | {evidence} | {estimate} | {p} | {verdict} |"
 
 

@@ -113,6 +113,7 @@ def test_networks_that_are_still_learning_decide_nothing_either_way(write, new):
     assert early.verdict == "inconclusive"
     assert early.reason == "too early: plain still gains 0.030 (dice - target), more than 0.02"
     assert "could have seen" not in claims.render("md", [early])
+    assert "| – | inconclusive; too early" in claims.render("md", [early])
     assert judge(*compared)["first"].reason.startswith("too early to tell: plain is not measured")
     done = judge(*compared, *arm("plain", 0.51, task="brains"))["first"]
     assert done.verdict == ("reproduced" if new > 0.5 else "contradicted")
