@@ -52,12 +52,18 @@ class Report:
     def __str__(self) -> str:
         lines = [
             f"{self.name} ({self.family}): {self.problem or 'ready'}",
-            *(f"  there:   {path}" for path in self.present),
-            *(f"  missing: {path}" for path in self.missing),
+            *_few("there:  ", self.present),
+            *_few("missing:", self.missing),
             f"  from:    {self.source}",
             f"  licence: {self.licence}",
         ]
         return "\n".join(lines)
+
+
+def _few(what: str, paths: tuple[Path, ...], most: int = 4) -> list[str]:
+    """A line a file; of many the first ones, and how many more there are."""
+    lines = [f"  {what} {path}" for path in paths[:most]]
+    return lines + [f"  {what} and {len(paths) - most} more"] * (len(paths) > most)
 
 
 def load_task(name: str, root: Path | None = None, **options: Any) -> Task:
