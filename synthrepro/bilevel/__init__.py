@@ -1,7 +1,9 @@
 """Bilevel optimisation: hypergradients through an inner training step."""
 
-from .hypergradient import Step, exact, finite_difference, hypergradient, stateless
+from .estimators import hypergradient
+from .hypergradient import Step, exact, finite_difference, stateless
 from .implicit import Implicit, NotConverged, after_step, conjugate_gradient, neumann
+from .seeds import stack, stacked, unstack
 from .unrolled import unrolled
 from .updates import Update, adam, adamw, rmsprop, sgd
 
@@ -20,6 +22,9 @@ __all__ = [
     "neumann",
     "rmsprop",
     "sgd",
+    "stack",
+    "stacked",
     "stateless",
     "unrolled",
+    "unstack",
 ]

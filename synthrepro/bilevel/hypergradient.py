@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .updates import State, Tensors, Update, sgd
+from .processes import Group, averaged
+from .updates import State, Tensors, Update
 
 Loss = Callable[[Tensors, Tensors], Tensor]
 Gradients = list[Tensor | None]  # one entry a tensor asked for; None where nothing depends on it
@@ -52,58 +53,55 @@ class Step:
     outer_loss: Tensor
 
 
-def hypergradient(
+@torch.enable_grad()
+def exact(
     inner_loss: Loss,
     outer_loss: Loss,
     params: Tensors,
     hparams: Tensors,
-    update: Update = sgd(lr=0.1, momentum=0.9),  # noqa: B008 (immutable)
+    update: Update,
     state: State | None = None,
-    estimator: str | Callable[..., Step] = "exact",
+    *,
+    recompute: bool = False,
+    generators: Sequence[torch.Generator] = (),
+    seeds: int | None = None,
+    group: Group = None,
 ) -> Step:
-    """Take one inner step and differentiate the outer loss after it with respect to the hyperparameters.
-
-    Args:
-        inner_loss: ``(params, hparams) -> scalar``, the loss that the inner step descends.
-        outer_loss: ``(params, hparams) -> scalar``, evaluated at the stepped parameters.
-        params: Named tensors, any shapes, floating point; neither written to nor given a ``.grad``.
-        hparams: Named tensors, any shapes, floating point; neither written to nor given a ``.grad``.
-        update: The inner step.
-        state: State of the update as an earlier :class:`Step` returned it, a constant of the derivative; a fresh one
-            unless given.
-        estimator: ``"exact"``, ``"finite_difference"``, or a function called like these two, for instance
-            ``functools.partial(finite_difference, scheme="central")``.
-
-    Raises:
-        ValueError: A loss that is not a finite scalar or that depends on no parameter, a state or an update that does
-            not fit the parameters, a hyperparameter that neither loss uses, a tensor that is not floating point, or
-            an unknown estimator.
-    """
-    if isinstance(estimator, str):
-        if estimator not in ESTIMATORS:
-            raise ValueError(f"Unknown estimator {estimator!r}: choose one of {', '.join(ESTIMATORS)}.")
-        estimator = ESTIMATORS[estimator]
-    fresh = update.init(params)
-    state = fresh if state is None else state
-    _check_state(state, fresh)
-    return estimator(inner_loss, outer_loss, params, hparams, update, state)
-
-
-@torch.enable_grad()
-def exact(inner_loss: Loss, outer_loss: Loss, params: Tensors, hparams: Tensors, update: Update, state: State) -> Step:
     """Exact hypergradient in two phases: an ordinary step and outer gradient, then one vector-Jacobian product.
 
     Only the inner gradient keeps a graph; step and outer pass are ordinary ones. Where a plain training step costs 3
     convolutions a layer this costs 11, a FLOP ratio of 3.67: 3 for the inner gradient, 3 for the outer one and 5 for
     the product (4 would do; torch also computes a weight adjoint that nobody reads). Peak memory is about 2.8 times
     that of a plain step.
+
+    Args:
+        inner_loss, outer_loss, params, hparams, update, state: As in :func:`~synthrepro.bilevel.hypergradient`.
+        recompute: Compute the inner gradient twice, with its graph only after the outer pass has freed its own: less
+            memory for 3 more convolutions. The second evaluation sees the same randomness as in
+            :func:`finite_difference`.
+        generators: The generators that the inner loss draws from, if any; read only with ``recompute``.
+        seeds, group: As in :func:`~synthrepro.bilevel.hypergradient`.
+
+    Raises:
+        ValueError: As in :func:`~synthrepro.bilevel.hypergradient`.
     """
+    state = _state(update, params, state)
     params, hparams = _leaves(params), _leaves(hparams)
-    inner = _scalar(inner_loss(params, hparams), "inner")
-    g = _for_params(_gradients([inner], params.values(), create_graph=True), params, "inner")
-    after = _outer_phase(outer_loss, params, hparams, g, update, state)
+    random = _random_sources([*params.values(), *hparams.values()], generators)
+    before = [source.get_state() for source in random]
+
+    def inner_gradient(graph: bool) -> tuple[Tensor, Tensors]:
+        loss = _value(inner_loss(params, hparams), "inner", seeds)
+        return loss, _for_params(_gradients([loss], params.values(), create_graph=graph), params, "inner")
+
+    inner, g = inner_gradient(graph=not recompute)
+    inner, mean_g = _averaged(inner, g, group)
+    after = _outer_phase(outer_loss, params, hparams, mean_g, update, state, seeds, group)
+    if recompute:
+        with _replayed(random, before):
+            _, g = inner_gradient(graph=True)
     indirect = _gradients(g.values(), hparams.values(), weights=after.u.values())
-    return Step(_total(hparams, after.direct, indirect), after.params, after.state, inner.detach(), after.outer)
+    return Step(_total(hparams, after.direct, indirect, group), after.params, after.state, inner, after.outer)
 
 
 @torch.enable_grad()
@@ -113,11 +111,13 @@ def finite_difference(
     params: Tensors,
     hparams: Tensors,
     update: Update,
-    state: State,
+    state: State | None = None,
     *,
     scheme: str = "forward",
     radius: float = 1e-3,
     generators: Sequence[torch.Generator] = (),
+    seeds: int | None = None,
+    group: Group = None,
 ) -> Step:
     r"""Hypergradient with the mixed derivative taken as a difference of two ordinary gradients (DARTS, eq. 8).
 
@@ -135,49 +135,52 @@ def finite_difference(
     with kinks (ReLU, PReLU) jumps, and a jump divided by the radius is no derivative; SiLU, GELU and ELU are safe.
 
     Args:
-        inner_loss, outer_loss, params, hparams, update, state: As in :func:`hypergradient`.
+        inner_loss, outer_loss, params, hparams, update, state: As in :func:`~synthrepro.bilevel.hypergradient`.
         scheme: ``"forward"`` (the second gradient is the inner step's own) or ``"central"`` (error of second order
             in the radius, where the first is of first order).
         radius: Length r of the displacement of all parameters together, whatever the length of u. In float32 the
             default is within 0.5 % on our UNet, either scheme; central differences do best near DARTS' 1e-2, and
             below 1e-4 rounding takes over. Half precision cannot hold such displacements: keep parameters in float32.
         generators: The generators that the inner loss draws from, if any.
+        seeds, group: As in :func:`~synthrepro.bilevel.hypergradient`.
 
     Raises:
-        ValueError: An unknown scheme or a radius that is not positive; else as in :func:`hypergradient`.
+        ValueError: An unknown scheme or a radius that is not positive; else as in
+            :func:`~synthrepro.bilevel.hypergradient`.
     """
     if scheme not in ("forward", "central"):
         raise ValueError(f"Unknown scheme {scheme!r} of finite differences: choose forward or central.")
     if not radius > 0:
         raise ValueError(f"The radius of finite differences must be positive, not {radius}.")
+    state = _state(update, params, state)
     params, hparams = _leaves(params), _leaves(hparams)
     random = _random_sources([*params.values(), *hparams.values()], generators)
     before = [source.get_state() for source in random]
-    inner = _scalar(inner_loss(params, hparams), "inner")
+    inner = _value(inner_loss(params, hparams), "inner", seeds)
     both = _gradients([inner], [*params.values(), *hparams.values()])
     here = both[len(params) :]  # of the inner loss towards theta, at phi
-    g = _for_params(both[: len(params)], params, "inner")
-    after = _outer_phase(outer_loss, params, hparams, g, update, state)
+    inner, g = _averaged(inner, _for_params(both[: len(params)], params, "inner"), group)
+    after = _outer_phase(outer_loss, params, hparams, g, update, state, seeds, group)
 
-    length = float(torch.nn.utils.get_total_norm(list(after.u.values())))
-    if length == 0 or all(d is None for d in here):  # nothing passes through the step
+    length = _length(after.u, seeds)
+    if not length.any() or all(d is None for d in here):  # nothing passes through the step
         indirect: Gradients = [None if d is None else torch.zeros_like(d) for d in here]
     else:
-        epsilon = radius / length
+        epsilon = torch.where(length > 0, radius / length, 0.0)
+        width = torch.where(length > 0, epsilon, 1.0)
 
-        def displaced(by: float) -> Gradients:
-            moved = {name: (p + by * after.u[name]).detach() for name, p in params.items()}
+        def displaced(by: Tensor) -> Gradients:
+            moved = {name: (p + _like(by, p) * after.u[name]).detach() for name, p in params.items()}
             with _replayed(random, before):
-                return _gradients([_scalar(inner_loss(moved, hparams), "inner")], hparams.values())
+                return _gradients([_value(inner_loss(moved, hparams), "inner", seeds)], hparams.values())
 
-        there, back, width = displaced(epsilon), here, epsilon
+        there, back = displaced(epsilon), here
         if scheme == "central":
-            back, width = displaced(-epsilon), 2 * epsilon
-        indirect = [None if a is None or b is None else (a - b) / width for a, b in zip(there, back, strict=True)]
-    return Step(_total(hparams, after.direct, indirect), after.params, after.state, inner.detach(), after.outer)
-
-
-ESTIMATORS: dict[str, Callable[..., Step]] = {"exact": exact, "finite_difference": finite_difference}
+            back, width = displaced(-epsilon), 2 * width
+        indirect = [
+            None if a is None or b is None else (a - b) / _like(width, a) for a, b in zip(there, back, strict=True)
+        ]
+    return Step(_total(hparams, after.direct, indirect, group), after.params, after.state, inner, after.outer)
 
 
 def stateless(module: nn.Module, params: Tensors, *args: Any, **kwargs: Any) -> Any:
@@ -202,21 +205,28 @@ class _After:
 
 
 def _outer_phase(
-    outer_loss: Loss, params: Tensors, hparams: Tensors, g: Tensors, update: Update, state: State
+    outer_loss: Loss,
+    params: Tensors,
+    hparams: Tensors,
+    g: Tensors,
+    update: Update,
+    state: State,
+    seeds: int | None,
+    group: Group,
 ) -> _After:
     """Take the step, and carry the outer gradient back through the step alone: no network lies in that graph."""
     g = _leaves(g)
     stepped, new_state = update.step({name: p.detach() for name, p in params.items()}, g, state)
     _check_like(stepped, params, "The update returned", "an update keeps names and shapes")
     new_params = _leaves(stepped)
-    outer = _scalar(outer_loss(new_params, hparams), "outer")
+    outer = _value(outer_loss(new_params, hparams), "outer", seeds)
     both = _gradients([outer], [*new_params.values(), *hparams.values()])
-    v = _for_params(both[: len(params)], new_params, "outer")
+    outer, v = _averaged(outer, _for_params(both[: len(params)], new_params, "outer"), group)
     u = _gradients([stepped[name] for name in g], g.values(), weights=[v[name] for name in g])
     return _After(
         params={name: p.detach() for name, p in stepped.items()},
         state=_detached(new_state),
-        outer=outer.detach(),
+        outer=outer,
         u={name: torch.zeros_like(d) if w is None else w for (name, d), w in zip(g.items(), u, strict=True)},
         direct=both[len(params) :],
     )
@@ -245,17 +255,37 @@ def _for_params(gradients: Gradients, params: Tensors, which: str) -> Tensors:
     return {n: torch.zeros_like(p) if d is None else d for (n, p), d in zip(params.items(), gradients, strict=True)}
 
 
-def _total(hparams: Tensors, direct: Gradients, indirect: Gradients) -> Tensors:
+def _total(hparams: Tensors, direct: Gradients, indirect: Gradients, group: Group) -> Tensors:
+    both = [[d for d in parts if d is not None] for parts in zip(direct, indirect, strict=True)]
+    sums = [torch.stack(parts).sum(0) if parts else None for parts in both]
     total: Tensors = {}
-    for name, *parts in zip(hparams, direct, indirect, strict=True):
-        used = [d for d in parts if d is not None]
-        if not used:
+    for name, found in zip(hparams, averaged(sums, list(hparams.values()), group), strict=True):
+        if found is None:
             raise ValueError(
                 f"Neither the outer loss nor the inner gradient depends on hyperparameter {name!r}: "
                 "use it in a loss, or leave it out of hparams."
             )
-        total[name] = torch.stack(used).sum(0)
+        total[name] = found
     return total
+
+
+def _averaged(loss: Tensor, gradients: Tensors, group: Group) -> tuple[Tensor, Tensors]:
+    """Loss and gradients, detached, averaged over the processes in one reduction."""
+    found = [t.detach() for t in (loss, *gradients.values())]
+    mean, *means = (t for t in averaged(found, found, group) if t is not None)
+    return mean, dict(zip(gradients, means, strict=True))
+
+
+def _length(u: Tensors, seeds: int | None) -> Tensor:
+    """Length of all tensors together, shape () or (seeds,)."""
+    if seeds is None:
+        return torch.nn.utils.get_total_norm(list(u.values()))
+    return torch.stack([t.reshape(seeds, -1).norm(dim=1) for t in u.values()]).norm(dim=0)
+
+
+def _like(value: Tensor, t: Tensor) -> Tensor:
+    """A value a seed, shape (seeds,), or one for all, shape (), ready to be multiplied with t."""
+    return value.reshape(value.shape + (1,) * (t.dim() - value.dim())).to(t.dtype)
 
 
 def _leaves(tensors: Tensors) -> Tensors:
@@ -275,15 +305,33 @@ def _detached(state: Any) -> Any:
     return state.detach() if isinstance(state, Tensor) else state
 
 
-def _scalar(loss: Tensor, which: str) -> Tensor:
-    if not isinstance(loss, Tensor) or loss.dim() != 0:
+def _value(loss: Tensor, which: str, seeds: int | None) -> Tensor:
+    wanted, remedy = (
+        ("a scalar tensor", "reduce it, for instance by its mean")
+        if seeds is None
+        else (f"a tensor of shape ({seeds},)", "give one value a seed")
+    )
+    if not isinstance(loss, Tensor) or loss.shape != (() if seeds is None else (seeds,)):
         got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-        raise ValueError(f"The {which} loss must be a scalar tensor, not {got}: reduce it, for instance by its mean.")
-    if not torch.isfinite(loss):
+        raise ValueError(f"The {which} loss must be {wanted}, not {got}: {remedy}.")
+    if not torch.isfinite(loss).all():
         raise ValueError(
-            f"The {which} loss is {loss.item()}: look for a division by zero, or a learning rate that is too high."
+            f"The {which} loss is {loss.tolist()}: look for a division by zero, or a learning rate that is too high."
         )
     return loss
+
+
+def _scalar(loss: Tensor, which: str) -> Tensor:
+    return _value(loss, which, None)
+
+
+def _state(update: Update, params: Tensors, state: State | None) -> State:
+    """A fresh state unless one is given, which must fit the update and the parameters."""
+    fresh = update.init(params)
+    if state is None:
+        return fresh
+    _check_state(state, fresh)
+    return _detached(state)
 
 
 def _check_state(state: State, fresh: State) -> None:

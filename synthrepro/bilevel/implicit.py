@@ -32,6 +32,7 @@ of 0.5 after as many iterations as there are parameters and more after twice as 
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,14 +41,17 @@ from .hypergradient import (
     Gradients,
     Loss,
     Step,
+    _averaged,
     _check_like,
     _detached,
     _for_params,
     _gradients,
     _leaves,
-    _scalar,
+    _state,
     _total,
+    _value,
 )
+from .processes import Group, averaged
 from .updates import State, Tensors, Update
 
 
@@ -75,7 +79,14 @@ class Implicit:
 
 
 def neumann(
-    inner_loss: Loss, outer_loss: Loss, params: Tensors, hparams: Tensors, *, terms: int, lr: float
+    inner_loss: Loss,
+    outer_loss: Loss,
+    params: Tensors,
+    hparams: Tensors,
+    *,
+    terms: int,
+    lr: float,
+    group: Group = None,
 ) -> Implicit:
     r"""Implicit hypergradient by a truncated Neumann series (Lorraine et al. 2020).
 
@@ -92,6 +103,7 @@ def neumann(
         hparams: Named tensors, any shapes, floating point; not written to.
         terms: Number J of terms, at least 1.
         lr: Learning rate :math:`\eta` of the series, in general that of the inner optimiser.
+        group: As in :func:`~synthrepro.bilevel.hypergradient`; each product is then one all-reduce.
 
     Warns:
         NotConverged: The residual is above 1: the series diverges, and more terms make it worse.
@@ -104,7 +116,7 @@ def neumann(
         raise ValueError(f"The Neumann series needs at least one term, not {terms}.")
     if not lr > 0:
         raise ValueError(f"The learning rate of the Neumann series must be positive, not {lr}.")
-    at = _linearised(inner_loss, outer_loss, params, hparams)
+    at = _linearised(inner_loss, outer_loss, params, hparams, group)
     term = lr * at.v
     x = term
     for _ in range(terms - 1):
@@ -131,6 +143,7 @@ def conjugate_gradient(
     damping: float = 0.0,
     tolerance: float,
     iterations: int,
+    group: Group = None,
 ) -> Implicit:
     r"""Implicit hypergradient by conjugate gradients on :math:`(H + \lambda I)\, x = v`, from x = 0.
 
@@ -143,6 +156,7 @@ def conjugate_gradient(
             problem, as a weight decay or a proximal term (Rajeswaran et al. 2019) that the inner loss leaves out.
         tolerance: Relative residual to stop at, at least 0.
         iterations: Largest number of products with H, at least 1.
+        group: As in :func:`~synthrepro.bilevel.hypergradient`; each product is then one all-reduce.
 
     Warns:
         NotConverged: The tolerance was not reached: too few iterations, a direction without positive curvature (the
@@ -158,7 +172,7 @@ def conjugate_gradient(
         raise ValueError(f"The tolerance of conjugate gradients must be at least 0, not {tolerance}.")
     if iterations < 1:
         raise ValueError(f"Conjugate gradients need at least one iteration, not {iterations}.")
-    at = _linearised(inner_loss, outer_loss, params, hparams)
+    at = _linearised(inner_loss, outer_loss, params, hparams, group)
     x, r = torch.zeros_like(at.v), at.v
     p, rr = r, float(r @ r)
     goal = tolerance * rr**0.5
@@ -194,8 +208,8 @@ def conjugate_gradient(
     return found
 
 
-def after_step(solver: Callable[[Loss, Loss, Tensors, Tensors], Implicit]) -> Callable[..., Step]:
-    """Make an implicit hypergradient an estimator for :func:`~synthrepro.bilevel.hypergradient`.
+def after_step(solver: Callable[..., Implicit]) -> Callable[..., Step]:
+    """Make an implicit hypergradient an estimator like the others, which takes a step first.
 
     The estimator takes an ordinary inner step and gives the implicit hypergradient at the parameters after it, on the
     same inner loss: Lorraine et al. (2020), algorithm 1, with one inner step to each outer step. The inner loss is
@@ -203,30 +217,38 @@ def after_step(solver: Callable[[Loss, Loss, Tensors, Tensors], Implicit]) -> Ca
     warn at nearly every step; ``warnings.simplefilter("ignore", NotConverged)`` silences them.
 
     Args:
-        solver: ``(inner_loss, outer_loss, params, hparams) -> Implicit``, for instance
-            ``functools.partial(neumann, terms=5, lr=0.1)``.
+        solver: :func:`neumann` or :func:`conjugate_gradient`, whose options the estimator takes as its own.
 
     Example:
-        ``hypergradient(..., estimator=after_step(partial(neumann, terms=5, lr=0.1)))``
+        ``hypergradient(..., estimator="neumann", terms=5, lr=0.1)``, which is ``after_step(neumann)(...)``.
     """
 
     def estimator(
-        inner_loss: Loss, outer_loss: Loss, params: Tensors, hparams: Tensors, update: Update, state: State
+        inner_loss: Loss,
+        outer_loss: Loss,
+        params: Tensors,
+        hparams: Tensors,
+        update: Update,
+        state: State | None = None,
+        *,
+        group: Group = None,
+        **options: Any,
     ) -> Step:
-        inner, g = _inner_gradient(inner_loss, params, hparams)
-        stepped, new_state = update.step(_detached(params), g, _detached(state))
+        state = _state(update, params, state)
+        inner, g = _inner_gradient(inner_loss, params, hparams, group)
+        stepped, new_state = update.step(_detached(params), g, state)
         _check_like(stepped, params, "The update returned", "an update keeps names and shapes")
-        found = solver(inner_loss, outer_loss, stepped, hparams)
+        found = solver(inner_loss, outer_loss, stepped, hparams, group=group, **options)
         return Step(found.hypergradient, stepped, new_state, inner, found.outer_loss)
 
     return estimator
 
 
 @torch.enable_grad()
-def _inner_gradient(inner_loss: Loss, params: Tensors, hparams: Tensors) -> tuple[Tensor, Tensors]:
+def _inner_gradient(inner_loss: Loss, params: Tensors, hparams: Tensors, group: Group) -> tuple[Tensor, Tensors]:
     params = _leaves(params)
-    inner = _scalar(inner_loss(params, _detached(hparams)), "inner")
-    return inner.detach(), _for_params(_gradients([inner], params.values()), params, "inner")
+    inner = _value(inner_loss(params, _detached(hparams)), "inner", None)
+    return _averaged(inner, _for_params(_gradients([inner], params.values()), params, "inner"), group)
 
 
 @dataclass(frozen=True)
@@ -240,19 +262,20 @@ class _Linearised:
     outer: Tensor
     v: Tensor  # (n,) d outer / d phi
     direct: Gradients  # d outer / d theta
+    group: Group
 
     def product(self, x: Tensor) -> Tensor:
         """H x, shape (n,)."""
-        return self._flat(self._through(x, list(self.params.values()), keep=True))
+        return self._flat(self._averaged(self._through(x, list(self.params.values()), keep=True)))
 
     def solved(self, x: Tensor, damping: float, iterations: int) -> Implicit:
         """The hypergradient that x gives. One pass gives H x as well, hence the residual; it frees the graph."""
         both = self._through(x, [*self.hparams.values(), *self.params.values()], keep=False)
         indirect: Gradients = [None if d is None else -d for d in both[: len(self.hparams)]]
-        error = self._flat(both[len(self.hparams) :]) + damping * x - self.v
+        error = self._flat(self._averaged(both[len(self.hparams) :])) + damping * x - self.v
         length = float(self.v.norm())
         return Implicit(
-            hypergradient=_total(self.hparams, self.direct, indirect),
+            hypergradient=_total(self.hparams, self.direct, indirect, self.group),
             inner_loss=self.inner,
             outer_loss=self.outer,
             residual=float(error.norm()) / length if length else 0.0,
@@ -269,22 +292,27 @@ class _Linearised:
         g, weights = [self.g[name] for name in linked], [parts[name] for name in linked]
         return list(torch.autograd.grad(g, inputs, weights, retain_graph=keep, allow_unused=True))
 
+    def _averaged(self, gradients: Gradients) -> Gradients:
+        return averaged(gradients, list(self.params.values()), self.group)
+
     def _flat(self, gradients: Gradients) -> Tensor:
         like = zip(self.params.values(), gradients, strict=True)
         return _flattened([torch.zeros_like(p) if d is None else d for p, d in like])
 
 
 @torch.enable_grad()
-def _linearised(inner_loss: Loss, outer_loss: Loss, params: Tensors, hparams: Tensors) -> _Linearised:
+def _linearised(inner_loss: Loss, outer_loss: Loss, params: Tensors, hparams: Tensors, group: Group) -> _Linearised:
     params, hparams = _leaves(params), _leaves(hparams)
-    outer = _scalar(outer_loss(params, hparams), "outer")
+    outer = _value(outer_loss(params, hparams), "outer", None)
     both = _gradients([outer], [*params.values(), *hparams.values()])
-    v = _flattened(list(_for_params(both[: len(params)], params, "outer").values()))
-    if not v.isfinite().all():
-        raise ValueError("The gradient of the outer loss is not finite: look for a square root or logarithm at zero.")
-    inner = _scalar(inner_loss(params, hparams), "inner")
+    v = _for_params(both[: len(params)], params, "outer")
+    inner = _value(inner_loss(params, hparams), "inner", None)
     g = _for_params(_gradients([inner], params.values(), create_graph=True), params, "inner")
-    return _Linearised(params, hparams, g, inner.detach(), outer.detach(), v, both[len(params) :])
+    outer, mean = _averaged(outer, {"inner loss": inner} | v, group)
+    inner = mean.pop("inner loss")
+    if not all(t.isfinite().all() for t in mean.values()):
+        raise ValueError("The gradient of the outer loss is not finite: look for a square root or logarithm at zero.")
+    return _Linearised(params, hparams, g, inner, outer, _flattened(list(mean.values())), both[len(params) :], group)
 
 
 def _flattened(tensors: list[Tensor]) -> Tensor:

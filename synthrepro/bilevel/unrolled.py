@@ -35,6 +35,7 @@ T < K it is truncated back-propagation (Shaban et al. 2019, section 3), which ta
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,32 +45,37 @@ from .hypergradient import (
     Gradients,
     Loss,
     Step,
+    _averaged,
     _check_like,
-    _check_state,
     _detached,
     _for_params,
     _gradients,
     _leaves,
     _random_sources,
     _replayed,
-    _scalar,
+    _state,
     _total,
+    _value,
 )
+from .processes import Group, averaged
 from .updates import State, Tensors, Update
 
 
 @torch.enable_grad()
 def unrolled(
-    inner_losses: Sequence[Loss],
+    inner_loss: Loss | Sequence[Loss],
     outer_loss: Loss,
     params: Tensors,
     hparams: Tensors,
     update: Update,
     state: State | None = None,
     *,
+    steps: int | None = None,
     truncate: int | None = None,
     checkpoint: bool = False,
     generators: Sequence[torch.Generator] = (),
+    seeds: int | None = None,
+    group: Group = None,
 ) -> Step:
     """Take K inner steps and differentiate the outer loss after them with respect to the hyperparameters.
 
@@ -82,80 +88,84 @@ def unrolled(
     An adaptive update from a fresh state has a first step whose derivative is an artefact of its ``eps`` (see
     :func:`~synthrepro.bilevel.adam`): carry the state from call to call.
 
-    For several steps on one loss, :func:`~synthrepro.bilevel.hypergradient` takes
-    ``estimator=lambda inner_loss, *rest: unrolled([inner_loss] * 3, *rest)``.
-
     Args:
-        inner_losses: K losses ``(params, hparams) -> scalar``, one an inner step, in the order of the steps.
+        inner_loss: K losses ``(params, hparams) -> scalar``, one an inner step, in the order of the steps, for instance
+            on a batch each; or one loss, for ``steps`` steps.
         outer_loss: ``(params, hparams) -> scalar``, evaluated at the parameters after all K steps.
         params: Named tensors, any shapes, floating point; neither written to nor given a ``.grad``.
         hparams: Named tensors, any shapes, floating point; neither written to nor given a ``.grad``.
         update: The inner step; it is evaluated again in the backward sweep, which a pure function may be.
         state: State of the update as an earlier :class:`Step` returned it, a constant of the derivative; a fresh one
             unless given.
+        steps: Number K of inner steps; only with a single inner loss.
         truncate: Number T of last steps to differentiate through, 1 to K; all K unless given.
         checkpoint: Keep graphs for about sqrt(T) steps at a time instead of T, and parameters and state at about
             sqrt(T) of the steps; all but about sqrt(T) of the inner gradients are then computed twice. The second
             evaluation must see the same randomness: the global random state of torch (CPU, and CUDA where a tensor
             lies there) and ``generators`` are rewound for it and left as one evaluation leaves them.
         generators: The generators that the inner losses draw from, if any; read only with ``checkpoint``.
+        seeds, group: As in :func:`~synthrepro.bilevel.hypergradient`.
 
     Returns:
         A :class:`Step` whose ``params`` and ``state`` are those after all K steps, ready for the next call, whose
         ``inner_loss`` is that of the first step, at the given ``params``, and whose ``outer_loss`` follows the last.
 
     Raises:
-        ValueError: No inner loss, ``truncate`` out of range, or an inner loss that came out differently the second
-            time (see ``checkpoint``); else as in :func:`~synthrepro.bilevel.hypergradient`. A hyperparameter that
-            only steps before the last ``truncate`` use counts as used by neither loss.
+        ValueError: No inner loss, ``steps`` missing or not wanted, ``truncate`` out of range, or an inner loss that
+            came out differently the second time (see ``checkpoint``); else as in
+            :func:`~synthrepro.bilevel.hypergradient`. A hyperparameter that only steps before the last ``truncate``
+            use counts as used by neither loss.
     """
-    steps = len(inner_losses)
-    if steps == 0:
+    if callable(inner_loss) == (steps is None):
+        raise ValueError("Give either one inner loss and the number of steps, or a sequence with a loss for each step.")
+    inner_losses = [inner_loss] * (steps or 0) if callable(inner_loss) else inner_loss
+    if not inner_losses:
         raise ValueError("There are no inner losses to unroll: give one for each inner step.")
+    steps = len(inner_losses)
     if truncate is not None and not 1 <= truncate <= steps:
         raise ValueError(f"truncate must be from 1 to the number of inner steps, which is {steps}, not {truncate}.")
-    fresh = update.init(params)
-    state = fresh if state is None else state
-    _check_state(state, fresh)
-    params, hparams, state = _detached(_leaves(params)), _leaves(hparams), _detached(state)
+    state = _state(update, params, state)
+    params, hparams = _detached(_leaves(params)), _leaves(hparams)
 
     constant = 0 if truncate is None else steps - truncate
     segments = _segments(inner_losses[constant:], checkpoint)
+    walk = partial(_walk, hparams=hparams, update=update, seeds=seeds, group=group)
     losses: list[Tensor] = []
-    for taken in _walk(inner_losses[:constant], params, hparams, update, state, graph=False):
+    for taken in walk(inner_losses[:constant], params, state=state, graph=False):
         losses.append(taken.loss)
         params, state = taken.params_after, taken.state_after
     random = _random_sources([*params.values(), *hparams.values()], generators)
     starts = []  # of every segment but the last, whose graphs are kept at once
     for segment in segments[:-1]:
         starts.append((params, state, [source.get_state() for source in random], len(losses)))
-        for taken in _walk(segment, params, hparams, update, state, graph=False):
+        for taken in walk(segment, params, state=state, graph=False):
             losses.append(taken.loss)
             params, state = taken.params_after, taken.state_after
-    history = list(_walk(segments[-1], params, hparams, update, state, graph=True))
+    history = list(walk(segments[-1], params, state=state, graph=True))
     losses += [taken.loss for taken in history]
     params, state = history[-1].params_after, history[-1].state_after
 
     last = _leaves(params)
-    outer = _scalar(outer_loss(last, hparams), "outer")
+    outer = _value(outer_loss(last, hparams), "outer", seeds)
     both = _gradients([outer], [*last.values(), *hparams.values()])
     direct = both[len(last) :]
-    alpha = list(_for_params(both[: len(last)], last, "outer").values())
+    outer, v = _averaged(outer, _for_params(both[: len(last)], last, "outer"), group)
+    alpha = list(v.values())
     sigma = [torch.zeros_like(t) for t in _moments(state)]
     indirect: Gradients = [None] * len(hparams)
     while True:
         while history:
             taken = history.pop()
             oldest = not history and not starts
-            through, alpha, sigma = _pull_back(taken, hparams, update, alpha, sigma, oldest)
+            through, alpha, sigma = _pull_back(taken, hparams, update, alpha, sigma, oldest, group)
             indirect = [_sum(a, b) for a, b in zip(indirect, through, strict=True)]
         if not starts:
             break
         before, state_before, random_before, first = starts.pop()
         with _replayed(random, random_before):
-            history = list(_walk(segments[len(starts)], before, hparams, update, state_before, graph=True))
+            history = list(walk(segments[len(starts)], before, state=state_before, graph=True))
         _check_repeated([taken.loss for taken in history], losses[first : first + len(history)])
-    return Step(_total(hparams, direct, indirect), params, state, losses[0], outer.detach())
+    return Step(_total(hparams, direct, indirect, group), params, state, losses[0], outer)
 
 
 @dataclass(frozen=True)
@@ -164,35 +174,51 @@ class _Taken:
 
     params: Tensors  # before the step; leaves of the graph of g, where it has one
     state: State  # before the step
-    g: Tensors  # inner gradient
+    g: Tensors  # inner gradient, of this process
+    mean_g: Tensors  # of all processes, without a graph
     loss: Tensor
     params_after: Tensors
     state_after: State
 
 
 def _walk(
-    inner_losses: Sequence[Loss], params: Tensors, hparams: Tensors, update: Update, state: State, *, graph: bool
+    inner_losses: Sequence[Loss],
+    params: Tensors,
+    hparams: Tensors,
+    update: Update,
+    state: State,
+    *,
+    graph: bool,
+    seeds: int | None,
+    group: Group,
 ) -> Iterator[_Taken]:
     """Take steps; with ``graph`` each inner gradient keeps its graph towards parameters and hyperparameters."""
     hparams = hparams if graph else _detached(hparams)
     for inner_loss in inner_losses:
         before = _leaves(params)
-        loss = _scalar(inner_loss(before, hparams), "inner")
+        loss = _value(inner_loss(before, hparams), "inner", seeds)
         g = _for_params(_gradients([loss], before.values(), create_graph=graph), before, "inner")
-        stepped, new_state = update.step(params, _detached(g), state)
+        loss, mean_g = _averaged(loss, g, group)
+        stepped, new_state = update.step(params, mean_g, state)
         _check_like(stepped, params, "The update returned", "an update keeps names and shapes")
-        yield _Taken(before, state, g, loss.detach(), stepped, new_state)
+        yield _Taken(before, state, g, mean_g, loss, stepped, new_state)
         params, state = stepped, new_state
 
 
 def _pull_back(
-    taken: _Taken, hparams: Tensors, update: Update, alpha: list[Tensor], sigma: list[Tensor], oldest: bool
+    taken: _Taken,
+    hparams: Tensors,
+    update: Update,
+    alpha: list[Tensor],
+    sigma: list[Tensor],
+    oldest: bool,
+    group: Group,
 ) -> tuple[Gradients, list[Tensor], list[Tensor]]:
     """Adjoints before a step from those after it, and what the step adds to the hypergradient.
 
     Before the oldest step everything is constant: its adjoints are left out.
     """
-    names, g = list(taken.params), _leaves(taken.g)
+    names, g = list(taken.params), _leaves(taken.mean_g)
     params = _detached(taken.params) if oldest else taken.params
     state = taken.state if oldest else _moment_leaves(taken.state)
     stepped, new_state = update.step(params, g, state)  # elementwise: cheaper to repeat than to keep
@@ -203,7 +229,7 @@ def _pull_back(
 
     into = [*hparams.values()] if oldest else [*hparams.values(), *params.values()]
     both = _gradients(taken.g.values(), into, weights=u)
-    through, curvature = both[: len(hparams)], both[len(hparams) :]
+    through, curvature = both[: len(hparams)], averaged(both[len(hparams) :], into[len(hparams) :], group)
     return through, [a if c is None else a + c for a, c in zip(alpha, curvature, strict=True)], sigma
 
 
@@ -237,8 +263,12 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 def _check_repeated(again: Sequence[Tensor], before: Sequence[Tensor]) -> None:
     for a, b in zip(again, before, strict=True):
-        if not torch.isclose(a, b, rtol=torch.finfo(b.dtype).eps ** 0.5, atol=0.0):  # rounding may differ on a GPU
+        if not torch.allclose(a, b, rtol=torch.finfo(b.dtype).eps ** 0.5, atol=0.0):  # rounding may differ on a GPU
             raise ValueError(
-                f"An inner loss was {b.item():.6g} and is {a.item():.6g} when checkpoint=True computes it again: "
+                f"An inner loss was {_short(b)} and is {_short(a)} when checkpoint=True computes it again: "
                 "name the generators it draws from in generators, or turn checkpoint off."
             )
+
+
+def _short(loss: Tensor) -> str:
+    return ", ".join(f"{value:.6g}" for value in loss.reshape(-1).tolist())

@@ -469,7 +469,7 @@ def test_mistake_is_told_in_one_sentence(mistake, message, estimator):
 @pytest.mark.parametrize(
     ("estimator", "message"),
     [
-        ("unrolled", "Unknown estimator 'unrolled': choose one of exact, finite_difference"),
+        ("unroled", "Unknown estimator 'unroled': choose one of exact, finite_difference, unrolled, neumann, conjug"),
         (partial(finite_difference, scheme="backward"), "Unknown scheme 'backward'"),
         (partial(finite_difference, radius=0.0), "radius of finite differences must be positive, not 0.0"),
         (partial(finite_difference, radius=float("nan")), "radius of finite differences must be positive, not nan"),

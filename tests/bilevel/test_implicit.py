@@ -482,3 +482,23 @@ def test_mistake_is_told_in_one_sentence(mistake, message, solver):
         solver(*options.values())
     assert "\n" not in str(error.value)
     assert str(error.value).endswith(".")
+
+
+@pytest.mark.filterwarnings("ignore::synthrepro.bilevel.NotConverged")  # one term solves nothing, and says so
+@pytest.mark.parametrize("update", [sgd(lr=0.3), adam(lr=0.02)], ids=["sgd", "adam"])
+def test_the_two_conventions_that_people_confuse(problem, update):
+    """Before the step and with the learning rate (`exact`); after it and without (Betty's ``darts``: the mixed
+    derivative at the stepped weights times the outer gradient there), which is a Neumann series of one term, lr=1."""
+    given = problem.inner_loss, problem.outer_loss, problem.params, problem.hparams, update, None
+    before, after = hypergradient(*given), hypergradient(*given, "neumann", terms=1, lr=1.0)
+    phi = {name: p.clone().requires_grad_() for name, p in after.params.items()}
+    theta = {name: t.clone().requires_grad_() for name, t in problem.hparams.items()}
+    outer = problem.outer_loss(phi, theta)
+    direct = torch.autograd.grad(outer, list(theta.values()), retain_graph=True, allow_unused=True)
+    v = torch.autograd.grad(outer, list(phi.values()))
+    g = torch.autograd.grad(problem.inner_loss(phi, theta), list(phi.values()), create_graph=True)
+    mixed = torch.autograd.grad(g, list(theta.values()), v, allow_unused=True)
+    for name, *parts in zip(theta, direct, mixed, strict=True):
+        wanted = (0 if parts[0] is None else parts[0]) - (0 if parts[1] is None else parts[1])
+        assert torch.allclose(after.hypergradient[name], wanted, rtol=1e-12, atol=1e-15)
+    assert (after.hypergradient["means"] - before.hypergradient["means"]).norm() > before.hypergradient["means"].norm()

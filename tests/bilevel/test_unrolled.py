@@ -358,14 +358,17 @@ def test_update_of_ones_own_may_freeze_parameters_and_keep_any_state(problem):
         assert found.state["note"] == "mine"
 
 
-def test_it_can_be_an_estimator(problem):
-    def three_times(inner_loss, *rest):
-        return unrolled([inner_loss] * 3, *rest)
-
-    found = hypergradient(
-        problem.inner_loss, problem.outer_loss, problem.params, problem.hparams, estimator=three_times
-    )
-    assert found.state["step"] == 3
+def test_it_is_an_estimator_like_the_others(problem):
+    """One loss and a number of steps, or a loss a step; the table of names leads here."""
+    given = problem.outer_loss, problem.params, problem.hparams, sgd(lr=0.1), None
+    wanted = unrolled([problem.inner_loss] * 3, *given, truncate=2)
+    for estimator in ("unrolled", unrolled):
+        found = hypergradient(problem.inner_loss, *given, estimator, steps=3, truncate=2)
+        assert distance(found.hypergradient, wanted.hypergradient) == 0
+        assert found.state["step"] == 3
+    for losses, steps in ((problem.inner_loss, None), ([problem.inner_loss] * 3, 3)):
+        with pytest.raises(ValueError, match="Give either one inner loss and the number of steps, or a sequence"):
+            unrolled(losses, *given, steps=steps)
 
 
 def value(params, hparams):
@@ -375,10 +378,10 @@ def value(params, hparams):
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
-        ({"inner_losses": []}, "There are no inner losses to unroll"),
+        ({"inner_loss": []}, "There are no inner losses to unroll"),
         ({"truncate": 0}, "truncate must be from 1 to the number of inner steps, which is 3, not 0"),
         ({"truncate": 4}, "truncate must be from 1 to the number of inner steps, which is 3, not 4"),
-        ({"inner_losses": [value, lambda p, h: p["x"]]}, r"The inner loss must be a scalar tensor, not a .* \(2,\)"),
+        ({"inner_loss": [value, lambda p, h: p["x"]]}, r"The inner loss must be a scalar tensor, not a .* \(2,\)"),
         ({"outer_loss": lambda p, h: value(p, h) / 0}, "The outer loss is inf"),
         ({"hparams": {"a": torch.ones(2), "b": torch.ones(1)}}, "depends on hyperparameter 'b': use it in a loss"),
         ({"params": {"x": torch.ones(2).long()}}, "'x' is torch.int64, which cannot be differentiated"),
@@ -391,7 +394,7 @@ def value(params, hparams):
 )
 def test_mistake_is_told_in_one_sentence(mistake, message):
     options = {
-        "inner_losses": [value] * 3,
+        "inner_loss": [value] * 3,
         "outer_loss": value,
         "params": {"x": torch.ones(2)},
         "hparams": {"a": torch.ones(2)},

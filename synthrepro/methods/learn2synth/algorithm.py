@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from synthrepro.bilevel import Step, Update, adam, hypergradient, sgd, stateless
+from synthrepro.bilevel import Step, Update, adam, exact, finite_difference, sgd, stateless
 from synthrepro.evidence import Config, Context
 from synthrepro.synthesis import GaussianNoise, IntensityNonUniformity, Nonparametric, Parametric
 from synthrepro.training import LOSSES, stream
@@ -68,7 +68,8 @@ def learn2synth_step(
     def outer_loss(phi: dict[str, Tensor], theta: dict[str, Tensor]) -> Tensor:
         return settings.alpha * loss(stateless(network.eval(), phi, x_real), y_real)
 
-    return hypergradient(inner_loss, outer_loss, phi, theta, inner_update(settings), state, settings.estimator)
+    estimator = exact if settings.estimator == "exact" else finite_difference
+    return estimator(inner_loss, outer_loss, phi, theta, inner_update(settings), state)
 
 
 def plain_step(
