@@ -3,18 +3,22 @@
 from .estimators import hypergradient
 from .hypergradient import Step, exact, finite_difference, stateless
 from .implicit import Implicit, NotConverged, after_step, conjugate_gradient, neumann
+from .levels import ChainStep, Level, chain
 from .seeds import stack, stacked, unstack
 from .unrolled import unrolled
 from .updates import Update, adam, adamw, rmsprop, sgd
 
 __all__ = [
+    "ChainStep",
     "Implicit",
+    "Level",
     "NotConverged",
     "Step",
     "Update",
     "adam",
     "adamw",
     "after_step",
+    "chain",
     "conjugate_gradient",
     "exact",
     "finite_difference",

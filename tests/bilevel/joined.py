@@ -10,13 +10,30 @@ import signal
 import sys
 import warnings
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
-from synthrepro.bilevel import adam, hypergradient, rmsprop, sgd, stateless
+from synthrepro.bilevel import Step, adam, hypergradient, rmsprop, sgd, stateless
+from synthrepro.bilevel.levels import Level, chain
+
+
+def two_levels(inner, outer, params, hparams, update, state, group=None, **options):
+    """The first layers of the network take a step, then the last one does, which sees the first ones stepped."""
+    first = {name: p for name, p in params.items() if name < "2"}
+    last = {name: p for name, p in params.items() if name > "2"}
+    moments = state or {"first": None, "last": None}
+    levels = [
+        Level("first", lambda p, up: inner(p | last, up["hparams"]), first, update, moments["first"]),
+        Level("last", lambda p, up: inner(up["first"] | p, up["hparams"]), last, update, moments["last"]),
+    ]
+    found = chain(levels, lambda up: outer(up["first"] | up["last"], up["hparams"]), hparams, group=group, **options)
+    stepped = found.params["first"] | found.params["last"]
+    return Step(found.hypergradient, stepped, found.state, found.losses["last"], found.outer_loss)
+
 
 ESTIMATORS = {
     "exact": {},
@@ -24,6 +41,12 @@ ESTIMATORS = {
     "finite_difference": {"radius": 1e-2, "scheme": "central"},
     "unrolled": {"steps": 3},
     "unrolled, checkpoint": {"estimator": "unrolled", "steps": 5, "checkpoint": True, "truncate": 4},
+    "chain": {"estimator": two_levels},
+    "chain, finite difference": {
+        "estimator": partial(two_levels, estimator="finite_difference"),
+        "scheme": "central",
+        "radius": 1e-2,
+    },
     "neumann": {"terms": 4, "lr": 0.05},
     "conjugate_gradient": {"iterations": 6, "damping": 20.0, "tolerance": 0.0},
 }

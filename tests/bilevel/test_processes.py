@@ -34,7 +34,7 @@ def test_a_step_over_two_processes_is_the_step_on_the_joined_batch():
     carried. What goes over the wire is that of a few gradients, in float64."""
     out, err = start([*TORCHRUN, "--nproc-per-node", "2", str(SCRIPT)]).communicate(timeout=120)
     lines = re.findall(r"([01])\|([a-z_, ]+)\|(\w+)\|([0-9.e+-]+)\|(\d+)\|(\d+)", out)
-    assert len(lines) == 2 * 7 * 3, err
+    assert len(lines) == 2 * 9 * 3, err
     for _, estimator, update, worst, _, _ in lines:
         assert float(worst) <= 1e-12, (estimator, update, worst)
     sent = {estimator: (int(calls), int(size)) for _, estimator, _, _, calls, size in lines}
@@ -44,6 +44,9 @@ def test_a_step_over_two_processes_is_the_step_on_the_joined_batch():
     for estimator in ("exact", "exact, recompute", "finite_difference"):
         assert sent[estimator] == three
     assert sent["unrolled"] == (3 + 1 + 2 + 1, 8 * (4 * (phi + loss) + 2 * phi + theta))  # 3 steps, outer, 2 adjoints
+    calls, size = sent["chain"]
+    assert calls == 2 * 2 + 1
+    assert size == sent["chain, finite difference"][1]
     products = 3 + 1  # of four terms, and the residual
     assert sent["neumann"] == (3 + products, 8 * (2 * (phi + loss) + loss + products * phi + theta))
 
