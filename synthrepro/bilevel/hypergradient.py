@@ -19,7 +19,7 @@ mended), and Betty's estimator ``darts`` takes it at :math:`\phi^*` without the 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .guards import check_graph, evaluating, refuse_inference, refuse_wrapped, twice_differentiable
 from .processes import Group, averaged
 from .updates import State, Tensors, Update
 
@@ -91,8 +92,8 @@ def exact(
     before = [source.get_state() for source in random]
 
     def inner_gradient(graph: bool) -> tuple[Tensor, Tensors]:
-        loss = _value(inner_loss(params, hparams), "inner", seeds)
-        return loss, _for_params(_gradients([loss], params.values(), create_graph=graph), params, "inner")
+        loss, g = _evaluated(inner_loss, (params, hparams), "inner", seeds, towards=[params], graph=graph)
+        return loss, _for_params(g, params, "inner")
 
     inner, g = inner_gradient(graph=not recompute)
     inner, mean_g = _averaged(inner, g, group)
@@ -100,7 +101,8 @@ def exact(
     if recompute:
         with _replayed(random, before):
             _, g = inner_gradient(graph=True)
-    indirect = _gradients(g.values(), hparams.values(), weights=after.u.values())
+    with twice_differentiable():
+        indirect = _gradients(g.values(), hparams.values(), weights=after.u.values())
     return Step(_total(hparams, after.direct, indirect, group), after.params, after.state, inner, after.outer)
 
 
@@ -156,8 +158,7 @@ def finite_difference(
     params, hparams = _leaves(params), _leaves(hparams)
     random = _random_sources([*params.values(), *hparams.values()], generators)
     before = [source.get_state() for source in random]
-    inner = _value(inner_loss(params, hparams), "inner", seeds)
-    both = _gradients([inner], [*params.values(), *hparams.values()])
+    inner, both = _evaluated(inner_loss, (params, hparams), "inner", seeds, towards=[params, hparams])
     here = both[len(params) :]  # of the inner loss towards theta, at phi
     inner, g = _averaged(inner, _for_params(both[: len(params)], params, "inner"), group)
     after = _outer_phase(outer_loss, params, hparams, g, update, state, seeds, group)
@@ -172,7 +173,7 @@ def finite_difference(
         def displaced(by: Tensor) -> Gradients:
             moved = {name: (p + _like(by, p) * after.u[name]).detach() for name, p in params.items()}
             with _replayed(random, before):
-                return _gradients([_value(inner_loss(moved, hparams), "inner", seeds)], hparams.values())
+                return _evaluated(inner_loss, (moved, hparams), "inner", seeds, towards=[hparams])[1]
 
         there, back = displaced(epsilon), here
         if scheme == "central":
@@ -189,6 +190,7 @@ def stateless(module: nn.Module, params: Tensors, *args: Any, **kwargs: Any) -> 
     ``torch.func.functional_call`` alone writes BatchNorm's running statistics into the module; here they go into
     copies, so an evaluation inside a hypergradient leaves no trace.
     """
+    refuse_wrapped(module)
     buffers = {name: b.clone() for name, b in module.named_buffers()}
     return functional_call(module, {**params, **buffers}, args, kwargs)
 
@@ -219,8 +221,7 @@ def _outer_phase(
     stepped, new_state = update.step({name: p.detach() for name, p in params.items()}, g, state)
     _check_like(stepped, params, "The update returned", "an update keeps names and shapes")
     new_params = _leaves(stepped)
-    outer = _value(outer_loss(new_params, hparams), "outer", seeds)
-    both = _gradients([outer], [*new_params.values(), *hparams.values()])
+    outer, both = _evaluated(outer_loss, (new_params, hparams), "outer", seeds, towards=[new_params, hparams])
     outer, v = _averaged(outer, _for_params(both[: len(params)], new_params, "outer"), group)
     u = _gradients([stepped[name] for name in g], g.values(), weights=[v[name] for name in g])
     return _After(
@@ -230,6 +231,23 @@ def _outer_phase(
         u={name: torch.zeros_like(d) if w is None else w for (name, d), w in zip(g.items(), u, strict=True)},
         direct=both[len(params) :],
     )
+
+
+def _evaluated(
+    loss: Callable[..., Tensor],
+    given: Sequence[Tensors],
+    which: str,
+    seeds: int | None = None,
+    *,
+    towards: Sequence[Tensors],
+    graph: bool = False,
+) -> tuple[Tensor, Gradients]:
+    """A loss of what is given and its gradient, under watch; with ``graph`` the gradient is differentiated again."""
+    with evaluating(*given), twice_differentiable() if graph else nullcontext():
+        value = _value(loss(*given), which, seeds)
+        check_graph(value, twice=graph)
+        inputs = [t for tensors in towards for t in tensors.values()]
+        return value, _gradients([value], inputs, create_graph=graph)
 
 
 def _gradients(
@@ -290,6 +308,7 @@ def _like(value: Tensor, t: Tensor) -> Tensor:
 
 def _leaves(tensors: Tensors) -> Tensors:
     """The same values as leaves of a new graph: what is given is neither written to nor given a gradient."""
+    refuse_inference(tensors)
     for name, t in tensors.items():
         if not t.is_floating_point():
             raise ValueError(
@@ -319,10 +338,6 @@ def _value(loss: Tensor, which: str, seeds: int | None) -> Tensor:
             f"The {which} loss is {loss.tolist()}: look for a division by zero, or a learning rate that is too high."
         )
     return loss
-
-
-def _scalar(loss: Tensor, which: str) -> Tensor:
-    return _value(loss, which, None)
 
 
 def _state(update: Update, params: Tensors, state: State | None) -> State:

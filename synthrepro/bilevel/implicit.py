@@ -37,6 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .guards import twice_differentiable
 from .hypergradient import (
     Gradients,
     Loss,
@@ -44,12 +45,11 @@ from .hypergradient import (
     _averaged,
     _check_like,
     _detached,
+    _evaluated,
     _for_params,
-    _gradients,
     _leaves,
     _state,
     _total,
-    _value,
 )
 from .processes import Group, averaged
 from .updates import State, Tensors, Update
@@ -247,8 +247,9 @@ def after_step(solver: Callable[..., Implicit]) -> Callable[..., Step]:
 @torch.enable_grad()
 def _inner_gradient(inner_loss: Loss, params: Tensors, hparams: Tensors, group: Group) -> tuple[Tensor, Tensors]:
     params = _leaves(params)
-    inner = _value(inner_loss(params, _detached(hparams)), "inner", None)
-    return _averaged(inner, _for_params(_gradients([inner], params.values()), params, "inner"), group)
+    hparams = _detached(hparams)
+    inner, g = _evaluated(inner_loss, (params, hparams), "inner", towards=[params])
+    return _averaged(inner, _for_params(g, params, "inner"), group)
 
 
 @dataclass(frozen=True)
@@ -290,7 +291,8 @@ class _Linearised:
         if not linked:
             return [None] * len(inputs)
         g, weights = [self.g[name] for name in linked], [parts[name] for name in linked]
-        return list(torch.autograd.grad(g, inputs, weights, retain_graph=keep, allow_unused=True))
+        with twice_differentiable():
+            return list(torch.autograd.grad(g, inputs, weights, retain_graph=keep, allow_unused=True))
 
     def _averaged(self, gradients: Gradients) -> Gradients:
         return averaged(gradients, list(self.params.values()), self.group)
@@ -303,11 +305,10 @@ class _Linearised:
 @torch.enable_grad()
 def _linearised(inner_loss: Loss, outer_loss: Loss, params: Tensors, hparams: Tensors, group: Group) -> _Linearised:
     params, hparams = _leaves(params), _leaves(hparams)
-    outer = _value(outer_loss(params, hparams), "outer", None)
-    both = _gradients([outer], [*params.values(), *hparams.values()])
+    outer, both = _evaluated(outer_loss, (params, hparams), "outer", towards=[params, hparams])
     v = _for_params(both[: len(params)], params, "outer")
-    inner = _value(inner_loss(params, hparams), "inner", None)
-    g = _for_params(_gradients([inner], params.values(), create_graph=True), params, "inner")
+    inner, found = _evaluated(inner_loss, (params, hparams), "inner", towards=[params], graph=True)
+    g = _for_params(found, params, "inner")
     outer, mean = _averaged(outer, {"inner loss": inner} | v, group)
     inner = mean.pop("inner loss")
     if not all(t.isfinite().all() for t in mean.values()):

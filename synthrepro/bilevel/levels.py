@@ -48,18 +48,19 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from .guards import twice_differentiable
 from .hypergradient import (
     Gradients,
     _averaged,
     _check_like,
     _detached,
+    _evaluated,
     _for_params,
     _gradients,
     _leaves,
     _random_sources,
     _replayed,
     _state,
-    _value,
 )
 from .processes import Group, averaged
 from .unrolled import _filled, _sum
@@ -211,11 +212,12 @@ def chain(
         new_state[level.name] = _detached(moments)
         upstream = upstream | {level.name: _leaves({name: stepped[name] for name in params})}
 
-    outer = _value(outer_loss(upstream), "outer", None)
-    found = [outer.detach(), *_gradients([outer], _flat(upstream))]
-    outer_mean, *adjoint = averaged(found, [outer, *_flat(upstream)], group)
-    adjoints = _split(adjoint, upstream)
+    outer, adjoint = _evaluated(
+        lambda *_: outer_loss(upstream), list(upstream.values()), "outer", towards=list(upstream.values())
+    )
+    outer_mean, *adjoint = averaged([outer.detach(), *adjoint], [outer, *_flat(upstream)], group)
     assert outer_mean is not None  # for mypy: a loss is never missing
+    adjoints = _split(adjoint, upstream)
     if all(d is None for d in adjoints[levels[-1].name]):
         raise ValueError(
             f"The outer loss depends on no parameter of the last level, {levels[-1].name!r}: compute it from those "
@@ -260,11 +262,12 @@ class _Gradient:
 
 
 def _exact(level: Level, params: Tensors, upstream: Upstream) -> _Gradient:
-    loss = _value(level.loss(params, upstream), _which(level), None)
-    g = _for_params(_gradients([loss], params.values(), create_graph=True), params, _which(level))
+    loss, found = _loss(level, params, upstream, towards=[params], graph=True)
+    g = _for_params(found, params, _which(level))
 
     def mixed(u: Tensors) -> Gradients:
-        return _gradients(g.values(), _flat(upstream), weights=[u[name] for name in g])
+        with twice_differentiable():
+            return _gradients(g.values(), _flat(upstream), weights=[u[name] for name in g])
 
     return _Gradient(loss.detach(), _detached(g), _reached(loss, upstream["hparams"]), mixed)
 
@@ -279,14 +282,13 @@ def _finite_difference(
     random: Sequence[torch.Generator],
 ) -> _Gradient:
     before = [source.get_state() for source in random]
-    loss = _value(level.loss(params, upstream), _which(level), None)
-    both = _gradients([loss], [*params.values(), *_flat(upstream)])
+    loss, both = _loss(level, params, upstream, towards=[params, *upstream.values()])
     g, here = _for_params(both[: len(params)], params, _which(level)), both[len(params) :]
 
     def displaced(by: float, u: Tensors) -> Gradients:
         moved = {name: (p + by * u[name]).detach() for name, p in params.items()}
         with _replayed(random, before):
-            return _gradients([_value(level.loss(moved, upstream), _which(level), None)], _flat(upstream))
+            return _loss(level, moved, upstream, towards=list(upstream.values()))[1]
 
     def mixed(u: Tensors) -> Gradients:
         length = float(torch.nn.utils.get_total_norm(list(u.values())))
@@ -301,6 +303,13 @@ def _finite_difference(
     towards = _split(here, upstream)["hparams"]
     used = {name for name, d in zip(upstream["hparams"], towards, strict=True) if d is not None}
     return _Gradient(loss.detach(), g, used, mixed)
+
+
+def _loss(
+    level: Level, params: Tensors, upstream: Upstream, *, towards: Sequence[Tensors], graph: bool = False
+) -> tuple[Tensor, Gradients]:
+    given = (params, *upstream.values())
+    return _evaluated(lambda *_: level.loss(params, upstream), given, _which(level), towards=towards, graph=graph)
 
 
 def _through_step(update: Update, params: Tensors, g: Tensors, state: State, a: Gradients) -> Tensors:

@@ -41,6 +41,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .guards import twice_differentiable
 from .hypergradient import (
     Gradients,
     Loss,
@@ -48,6 +49,7 @@ from .hypergradient import (
     _averaged,
     _check_like,
     _detached,
+    _evaluated,
     _for_params,
     _gradients,
     _leaves,
@@ -55,7 +57,6 @@ from .hypergradient import (
     _replayed,
     _state,
     _total,
-    _value,
 )
 from .processes import Group, averaged
 from .updates import State, Tensors, Update
@@ -146,8 +147,7 @@ def unrolled(
     params, state = history[-1].params_after, history[-1].state_after
 
     last = _leaves(params)
-    outer = _value(outer_loss(last, hparams), "outer", seeds)
-    both = _gradients([outer], [*last.values(), *hparams.values()])
+    outer, both = _evaluated(outer_loss, (last, hparams), "outer", seeds, towards=[last, hparams])
     direct = both[len(last) :]
     outer, v = _averaged(outer, _for_params(both[: len(last)], last, "outer"), group)
     alpha = list(v.values())
@@ -196,8 +196,8 @@ def _walk(
     hparams = hparams if graph else _detached(hparams)
     for inner_loss in inner_losses:
         before = _leaves(params)
-        loss = _value(inner_loss(before, hparams), "inner", seeds)
-        g = _for_params(_gradients([loss], before.values(), create_graph=graph), before, "inner")
+        loss, found = _evaluated(inner_loss, (before, hparams), "inner", seeds, towards=[before], graph=graph)
+        g = _for_params(found, before, "inner")
         loss, mean_g = _averaged(loss, g, group)
         stepped, new_state = update.step(params, mean_g, state)
         _check_like(stepped, params, "The update returned", "an update keeps names and shapes")
@@ -228,7 +228,8 @@ def _pull_back(
     u, alpha, sigma = back[: len(g)], back[len(g) : 2 * len(g)], back[2 * len(g) :]
 
     into = [*hparams.values()] if oldest else [*hparams.values(), *params.values()]
-    both = _gradients(taken.g.values(), into, weights=u)
+    with twice_differentiable():
+        both = _gradients(taken.g.values(), into, weights=u)
     through, curvature = both[: len(hparams)], averaged(both[len(hparams) :], into[len(hparams) :], group)
     return through, [a if c is None else a + c for a, c in zip(alpha, curvature, strict=True)], sigma
 
