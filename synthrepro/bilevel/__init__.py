@@ -3,6 +3,7 @@
 from .estimators import hypergradient
 from .hypergradient import Step, exact, finite_difference, stateless
 from .implicit import Implicit, NotConverged, after_step, conjugate_gradient, neumann
+from .kernels import fused_kernels
 from .levels import ChainStep, Level, chain
 from .seeds import stack, stacked, unstack
 from .unrolled import unrolled
@@ -22,6 +23,7 @@ __all__ = [
     "conjugate_gradient",
     "exact",
     "finite_difference",
+    "fused_kernels",
     "hypergradient",
     "neumann",
     "rmsprop",
