@@ -73,7 +73,7 @@ def exact(
     Only the inner gradient keeps a graph; step and outer pass are ordinary ones. Where a plain training step costs 3
     convolutions a layer this costs 11, a FLOP ratio of 3.67: 3 for the inner gradient, 3 for the outer one and 5 for
     the product. 4 would do: torch also computes a weight adjoint that nobody reads, and
-    :func:`~synthrepro.bilevel.fused_kernels` leave it out. Peak memory is about 2.8 times that of a plain step.
+    :func:`~synthrepro.bilevel.fused_kernels` leave it out. Peak memory is 2.5 to 4 times that of a plain step.
 
     Args:
         inner_loss, outer_loss, params, hparams, update, state: As in :func:`~synthrepro.bilevel.hypergradient`.
@@ -134,15 +134,18 @@ def finite_difference(
     The inner loss is evaluated two or three times and must see the same randomness each time, or noise swamps the
     difference: the global random state of torch (CPU, and CUDA where a tensor lies there) and ``generators`` are
     rewound for each repeat and left as one evaluation leaves them. It must also be smooth: the gradient of a network
-    with kinks (ReLU, PReLU) jumps, and a jump divided by the radius is no derivative; SiLU, GELU and ELU are safe.
+    with kinks (ReLU, PReLU, max-pooling) jumps, and a jump divided by the radius is no derivative. On a UNet that pools
+    by the maximum the result is off by its own length or more, whatever the radius; average pooling, SiLU, GELU and ELU
+    are safe.
 
     Args:
         inner_loss, outer_loss, params, hparams, update, state: As in :func:`~synthrepro.bilevel.hypergradient`.
         scheme: ``"forward"`` (the second gradient is the inner step's own) or ``"central"`` (error of second order
             in the radius, where the first is of first order).
         radius: Length r of the displacement of all parameters together, whatever the length of u. In float32 the
-            default is within 0.5 % on our UNet, either scheme; central differences do best near DARTS' 1e-2, and
-            below 1e-4 rounding takes over. Half precision cannot hold such displacements: keep parameters in float32.
+            default is within about 1 % on a smooth UNet, either scheme; central differences do best near DARTS' 1e-2,
+            and below 1e-4 rounding takes over. Half precision cannot hold such displacements: keep parameters in
+            float32.
         generators: The generators that the inner loss draws from, if any.
         seeds, group: As in :func:`~synthrepro.bilevel.hypergradient`.
 
