@@ -92,11 +92,11 @@ def exact(
     before = [source.get_state() for source in random]
 
     def inner_gradient(graph: bool) -> tuple[Tensor, Tensors]:
-        loss, g = _evaluated(inner_loss, (params, hparams), "inner", seeds, towards=[params], graph=graph)
+        loss, g = _evaluated(inner_loss, (params, hparams), "inner", seeds, towards=[params], graph=graph, group=group)
         return loss, _for_params(g, params, "inner")
 
     inner, g = inner_gradient(graph=not recompute)
-    inner, mean_g = _averaged(inner, g, group)
+    inner, mean_g = _averaged(inner, g, "inner", group)
     after = _outer_phase(outer_loss, params, hparams, mean_g, update, state, seeds, group)
     if recompute:
         with _replayed(random, before):
@@ -153,49 +153,47 @@ def finite_difference(
         ValueError: An unknown scheme or a radius that is not positive; else as in
             :func:`~synthrepro.bilevel.hypergradient`.
     """
-    if scheme not in ("forward", "central"):
-        raise ValueError(f"Unknown scheme {scheme!r} of finite differences: choose forward or central.")
-    if not radius > 0:
-        raise ValueError(f"The radius of finite differences must be positive, not {radius}.")
+    _check_difference(scheme, radius, hparams)
     state = _state(update, params, state)
     params, hparams = _leaves(params), _leaves(hparams)
     random = _random_sources([*params.values(), *hparams.values()], generators)
     before = [source.get_state() for source in random]
-    inner, both = _evaluated(inner_loss, (params, hparams), "inner", seeds, towards=[params, hparams])
+    inner, both = _evaluated(inner_loss, (params, hparams), "inner", seeds, towards=[params, hparams], group=group)
     here = both[len(params) :]  # of the inner loss towards theta, at phi
-    inner, g = _averaged(inner, _for_params(both[: len(params)], params, "inner"), group)
+    inner, g = _averaged(inner, _for_params(both[: len(params)], params, "inner"), "inner", group)
     after = _outer_phase(outer_loss, params, hparams, g, update, state, seeds, group)
 
-    length = _length(after.u, seeds)
-    if not length.any() or all(d is None for d in here):  # nothing passes through the step
-        indirect: Gradients = [None if d is None else torch.zeros_like(d) for d in here]
-    else:
-        epsilon = torch.where(length > 0, radius / length, 0.0)
-        width = torch.where(length > 0, epsilon, 1.0)
+    def gradients_at(moved: Tensors) -> Gradients:
+        with _replayed(random, before):
+            return _evaluated(inner_loss, (moved, hparams), "inner", seeds, towards=[hparams])[1]
 
-        def displaced(by: Tensor) -> Gradients:
-            moved = {name: (p + _like(by, p) * after.u[name]).detach() for name, p in params.items()}
-            with _replayed(random, before):
-                return _evaluated(inner_loss, (moved, hparams), "inner", seeds, towards=[hparams])[1]
-
-        there, back = displaced(epsilon), here
-        if scheme == "central":
-            back, width = displaced(-epsilon), 2 * width
-        indirect = [
-            None if a is None or b is None else (a - b) / _like(width, a) for a, b in zip(there, back, strict=True)
-        ]
+    indirect = _difference(gradients_at, here, params, after.u, scheme=scheme, radius=radius, seeds=seeds)
     return Step(_total(hparams, after.direct, indirect, group), after.params, after.state, inner, after.outer)
 
 
-def stateless(module: nn.Module, params: Tensors, *args: Any, **kwargs: Any) -> Any:
+def stateless(module: nn.Module, params: Tensors, /, *args: Any, **kwargs: Any) -> Any:
     """Call a module with the given parameters, leaving its own parameters and its buffers untouched.
 
     ``torch.func.functional_call`` alone writes BatchNorm's running statistics into the module; here they go into
-    copies, so an evaluation inside a hypergradient leaves no trace.
+    copies, so an evaluation inside a hypergradient leaves no trace. Parameters that are not given are the module's own.
+
+    Raises:
+        ValueError: A name that the module has no parameter under, or a network in a data-parallel wrapper.
     """
     refuse_wrapped(module)
-    buffers = {name: b.clone() for name, b in module.named_buffers()}
-    return functional_call(module, {**params, **buffers}, args, kwargs)
+    own = dict(module.named_parameters(remove_duplicate=False))
+    for name in params:
+        if name not in own:
+            raise ValueError(f"{type(module).__name__} has no parameter {name!r}: give those of named_parameters().")
+    values = {id(own[name]): p for name, p in params.items()} | {id(b): b.clone() for b in module.buffers()}
+    # Every place once: torch's own tie_weights does not put back what a module under two names holds.
+    places = {
+        f"{prefix}.{name}" if prefix else name: values[id(t)]
+        for prefix, part in module.named_modules()
+        for name, t in (*part._parameters.items(), *part._buffers.items())
+        if id(t) in values
+    }
+    return functional_call(module, places, args, kwargs, tie_weights=False)
 
 
 @dataclass(frozen=True)
@@ -224,8 +222,9 @@ def _outer_phase(
     stepped, new_state = update.step({name: p.detach() for name, p in params.items()}, g, state)
     _check_like(stepped, params, "The update returned", "an update keeps names and shapes")
     new_params = _leaves(stepped)
-    outer, both = _evaluated(outer_loss, (new_params, hparams), "outer", seeds, towards=[new_params, hparams])
-    outer, v = _averaged(outer, _for_params(both[: len(params)], new_params, "outer"), group)
+    given = new_params, hparams
+    outer, both = _evaluated(outer_loss, given, "outer", seeds, towards=given, group=group)
+    outer, v = _averaged(outer, _for_params(both[: len(params)], new_params, "outer"), "outer", group)
     u = _gradients([stepped[name] for name in g], g.values(), weights=[v[name] for name in g])
     return _After(
         params={name: p.detach() for name, p in stepped.items()},
@@ -244,10 +243,16 @@ def _evaluated(
     *,
     towards: Sequence[Tensors],
     graph: bool = False,
+    group: Group = None,
 ) -> tuple[Tensor, Gradients]:
-    """A loss of what is given and its gradient, under watch; with ``graph`` the gradient is differentiated again."""
+    """A loss of what is given and its gradient, under watch; with ``graph`` the gradient is differentiated again.
+
+    In a group it is the average whose finiteness :func:`_averaged` checks, so that all processes stop together.
+    """
     with evaluating(*given), twice_differentiable() if graph else nullcontext():
         value = _value(loss(*given), which, seeds)
+        if group is None:
+            _check_finite(value, which)
         check_graph(value, twice=graph)
         inputs = [t for tensors in towards for t in tensors.values()]
         return value, _gradients([value], inputs, create_graph=graph)
@@ -290,23 +295,64 @@ def _total(hparams: Tensors, direct: Gradients, indirect: Gradients, group: Grou
     return total
 
 
-def _averaged(loss: Tensor, gradients: Tensors, group: Group) -> tuple[Tensor, Tensors]:
+def _averaged(loss: Tensor, gradients: Tensors, which: str, group: Group) -> tuple[Tensor, Tensors]:
     """Loss and gradients, detached, averaged over the processes in one reduction."""
     found = [t.detach() for t in (loss, *gradients.values())]
     mean, *means = (t for t in averaged(found, found, group) if t is not None)
+    _check_finite(mean, which)
     return mean, dict(zip(gradients, means, strict=True))
 
 
+def _check_difference(scheme: str, radius: float, hparams: Tensors) -> None:
+    if scheme not in ("forward", "central"):
+        raise ValueError(f"Unknown scheme {scheme!r} of finite differences: choose forward or central.")
+    if not radius > 0:
+        raise ValueError(f"The radius of finite differences must be positive, not {radius}.")
+    for name, t in hparams.items():
+        if t.is_floating_point() and torch.finfo(t.dtype).bits < 32:
+            raise ValueError(
+                f"{name!r} is {t.dtype}, in which two gradients that differ by little are the same: "
+                "give float32 or float64, or take the estimator exact."
+            )
+
+
+def _difference(
+    gradients_at: Callable[[Tensors], Gradients],
+    here: Gradients,
+    params: Tensors,
+    u: Tensors,
+    *,
+    scheme: str,
+    radius: float,
+    seeds: int | None = None,
+) -> Gradients:
+    """The mixed derivative times u as a difference of gradients; ``here`` are those at params."""
+    length = _length(u, seeds)
+    if not length.any() or all(d is None for d in here):  # nothing passes through the step
+        return [None if d is None else torch.zeros_like(d) for d in here]
+    unit = {name: t / _like(torch.where(length > 0, length, 1.0), t) for name, t in u.items()}
+
+    def displaced(by: float) -> Gradients:
+        return gradients_at({name: (p + by * unit[name]).detach() for name, p in params.items()})
+
+    there, back, scale = displaced(radius), here, length / radius
+    if scheme == "central":
+        back, scale = displaced(-radius), scale / 2
+    return [None if a is None or b is None else (a - b) * _like(scale, a) for a, b in zip(there, back, strict=True)]
+
+
 def _length(u: Tensors, seeds: int | None) -> Tensor:
-    """Length of all tensors together, shape () or (seeds,)."""
-    if seeds is None:
-        return torch.nn.utils.get_total_norm(list(u.values()))
-    return torch.stack([t.reshape(seeds, -1).norm(dim=1) for t in u.values()]).norm(dim=0)
+    """Length of all tensors together, shape () or (seeds,); the largest entry is taken out, lest squares overflow."""
+    rows = [t.reshape(1 if seeds is None else seeds, -1) for t in u.values() if t.numel()]
+    peak = torch.stack([t.abs().amax(1).to(rows[0].device) for t in rows]).amax(0)
+    safe = torch.where(peak > 0, peak, 1.0)
+    length = peak * torch.stack([(t / safe.to(t)[:, None]).norm(dim=1).to(peak) for t in rows]).norm(dim=0)
+    return length[0] if seeds is None else length
 
 
 def _like(value: Tensor, t: Tensor) -> Tensor:
     """A value a seed, shape (seeds,), or one for all, shape (), ready to be multiplied with t."""
-    return value.reshape(value.shape + (1,) * (t.dim() - value.dim())).to(t.dtype)
+    return value.reshape(value.shape + (1,) * (t.dim() - value.dim())).to(t)
 
 
 def _leaves(tensors: Tensors) -> Tensors:
@@ -324,6 +370,8 @@ def _leaves(tensors: Tensors) -> Tensors:
 def _detached(state: Any) -> Any:
     if isinstance(state, dict):
         return {key: _detached(value) for key, value in state.items()}
+    if isinstance(state, tuple):  # parameters and state
+        return tuple(_detached(value) for value in state)
     return state.detach() if isinstance(state, Tensor) else state
 
 
@@ -336,16 +384,20 @@ def _value(loss: Tensor, which: str, seeds: int | None) -> Tensor:
     if not isinstance(loss, Tensor) or loss.shape != (() if seeds is None else (seeds,)):
         got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
         raise ValueError(f"The {which} loss must be {wanted}, not {got}: {remedy}.")
+    return loss
+
+
+def _check_finite(loss: Tensor, which: str) -> None:
     if not torch.isfinite(loss).all():
         raise ValueError(
             f"The {which} loss is {loss.tolist()}: look for a division by zero, or a learning rate that is too high."
         )
-    return loss
 
 
 def _state(update: Update, params: Tensors, state: State | None) -> State:
     """A fresh state unless one is given, which must fit the update and the parameters."""
     fresh = update.init(params)
+    _refuse_sequences(fresh)
     if state is None:
         return fresh
     _check_state(state, fresh)
@@ -361,6 +413,15 @@ def _check_state(state: State, fresh: State) -> None:
     for key, moment in fresh.items():
         if isinstance(moment, dict):
             _check_like(state[key], moment, f"The state's {key!r} has", "start afresh when the network changes")
+
+
+def _refuse_sequences(state: Any) -> None:
+    """Tensors in lists would be neither detached nor differentiated."""
+    for value in state.values():
+        if isinstance(value, dict):
+            _refuse_sequences(value)
+        elif isinstance(value, (list, tuple)):
+            raise ValueError("The state of an update holds a list or tuple: keep its tensors in dictionaries.")
 
 
 def _check_like(found: Tensors, wanted: Tensors, what: str, remedy: str) -> None:

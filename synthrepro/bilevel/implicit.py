@@ -43,6 +43,7 @@ from .hypergradient import (
     Loss,
     Step,
     _averaged,
+    _check_finite,
     _check_like,
     _detached,
     _evaluated,
@@ -236,7 +237,7 @@ def after_step(solver: Callable[..., Implicit]) -> Callable[..., Step]:
     ) -> Step:
         state = _state(update, params, state)
         inner, g = _inner_gradient(inner_loss, params, hparams, group)
-        stepped, new_state = update.step(_detached(params), g, state)
+        stepped, new_state = _detached(update.step(_detached(params), g, state))
         _check_like(stepped, params, "The update returned", "an update keeps names and shapes")
         found = solver(inner_loss, outer_loss, stepped, hparams, group=group, **options)
         return Step(found.hypergradient, stepped, new_state, inner, found.outer_loss)
@@ -248,8 +249,8 @@ def after_step(solver: Callable[..., Implicit]) -> Callable[..., Step]:
 def _inner_gradient(inner_loss: Loss, params: Tensors, hparams: Tensors, group: Group) -> tuple[Tensor, Tensors]:
     params = _leaves(params)
     hparams = _detached(hparams)
-    inner, g = _evaluated(inner_loss, (params, hparams), "inner", towards=[params])
-    return _averaged(inner, _for_params(g, params, "inner"), group)
+    inner, g = _evaluated(inner_loss, (params, hparams), "inner", towards=[params], group=group)
+    return _averaged(inner, _for_params(g, params, "inner"), "inner", group)
 
 
 @dataclass(frozen=True)
@@ -305,12 +306,13 @@ class _Linearised:
 @torch.enable_grad()
 def _linearised(inner_loss: Loss, outer_loss: Loss, params: Tensors, hparams: Tensors, group: Group) -> _Linearised:
     params, hparams = _leaves(params), _leaves(hparams)
-    outer, both = _evaluated(outer_loss, (params, hparams), "outer", towards=[params, hparams])
+    outer, both = _evaluated(outer_loss, (params, hparams), "outer", towards=[params, hparams], group=group)
     v = _for_params(both[: len(params)], params, "outer")
-    inner, found = _evaluated(inner_loss, (params, hparams), "inner", towards=[params], graph=True)
+    inner, found = _evaluated(inner_loss, (params, hparams), "inner", towards=[params], graph=True, group=group)
     g = _for_params(found, params, "inner")
-    outer, mean = _averaged(outer, {"inner loss": inner} | v, group)
+    outer, mean = _averaged(outer, {"inner loss": inner} | v, "outer", group)
     inner = mean.pop("inner loss")
+    _check_finite(inner, "inner")
     if not all(t.isfinite().all() for t in mean.values()):
         raise ValueError("The gradient of the outer loss is not finite: look for a square root or logarithm at zero.")
     return _Linearised(params, hparams, g, inner, outer, _flattened(list(mean.values())), both[len(params) :], group)

@@ -50,6 +50,10 @@ def fused_kernels() -> AbstractContextManager[Any]:
     Everything else is torch's own, unchanged. Whatever is differentiated towards is computed and nothing else: the
     adjoint of the weights, which :func:`~synthrepro.bilevel.unrolled` reads, is there when asked for.
 
+    The output of a norm that an activation follows is not in the graph of what comes after: do not differentiate
+    towards it. Inside :func:`torch.utils.checkpoint.checkpoint` enter it within the checkpointed function. Inside
+    :func:`~synthrepro.bilevel.stacked` it does nothing.
+
     It pays where maps are large. On images of 32 x 32, one at a time, the calls outweigh what they save, and on the
     small volumes that we tried in 3-D torch's own were faster too. Finite differences gain memory by it, not time.
 
@@ -368,8 +372,9 @@ class _Layer(Function):
     def backward(ctx: Any, g: Tensor | None) -> Any:
         if g is None:
             return (None,) * 9
-        wanted = _by_argument(ctx, ctx.saved_tensors[:4])
-        return *_LayerBackward.apply(g, *ctx.saved_tensors, ctx.norm, ctx.act, wanted), *(None,) * 5
+        saved = ctx.saved_tensors  # once: a checkpoint unpacks each tensor a single time
+        wanted = _by_argument(ctx, saved[:4])
+        return *_LayerBackward.apply(g, *saved, ctx.norm, ctx.act, wanted), *(None,) * 5
 
 
 class _LayerBackward(Function):
@@ -511,7 +516,13 @@ def _activation(z: Tensor, act: _Act, w: Tensor | None = None) -> Tensor | None:
     if not _fits(z, w):
         return None
     node: Any = z.grad_fn
-    if getattr(node, "_forward_cls", None) is _Layer and node.act is None:
+    packing = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    alone = (
+        (packing is None or packing[0].__module__ != "torch.utils.checkpoint")
+        and not z._backward_hooks
+        and not z.retains_grad
+    )
+    if alone and getattr(node, "_forward_cls", None) is _Layer and node.act is None:
         x, gamma, beta, _, mean, rstd = node.saved_tensors
         return _Layer.apply(x, gamma, beta, w, node.norm, act, z.detach(), mean, rstd)
     return _Layer.apply(_dense(z), None, None, w, None, act)

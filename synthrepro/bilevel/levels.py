@@ -52,8 +52,11 @@ from .guards import twice_differentiable
 from .hypergradient import (
     Gradients,
     _averaged,
+    _check_difference,
+    _check_finite,
     _check_like,
     _detached,
+    _difference,
     _evaluated,
     _for_params,
     _gradients,
@@ -172,7 +175,8 @@ def chain(
         scheme: ``"forward"`` or ``"central"``; read only by the finite difference, as the next two are.
         radius: Length r of the displacement of all parameters of a level together.
         generators: The generators that the levels' losses draw from, if any.
-        group: As in :func:`~synthrepro.bilevel.hypergradient`; two all-reduces a level and one for the outer loss.
+        group: As in :func:`~synthrepro.bilevel.hypergradient`; two all-reduces a level and one
+            for the outer loss.
 
     Raises:
         ValueError: No level, a name that is taken or reserved, a loss that is not a finite scalar or that depends on
@@ -187,10 +191,7 @@ def chain(
     if estimator == "exact":
         gradient: Callable[[Level, Tensors, Upstream], _Gradient] = _exact
     elif estimator == "finite_difference":
-        if scheme not in ("forward", "central"):
-            raise ValueError(f"Unknown scheme {scheme!r} of finite differences: choose forward or central.")
-        if not radius > 0:
-            raise ValueError(f"The radius of finite differences must be positive, not {radius}.")
+        _check_difference(scheme, radius, hparams)
         random = _random_sources([*theta.values(), *(p for params, _ in starts for p in params.values())], generators)
         gradient = partial(_finite_difference, scheme=scheme, radius=radius, random=random)
     else:
@@ -203,7 +204,7 @@ def chain(
     history = []
     for level, (params, state) in zip(levels, starts, strict=True):
         taken = gradient(level, params, upstream)
-        losses[level.name], g = _averaged(taken.loss, taken.g, group)
+        losses[level.name], g = _averaged(taken.loss, taken.g, _which(level), group)
         taken = replace(taken, g=g)
         stepped, moments = level.update.step(_detached(params), taken.g, state)
         _check_like(stepped, params, f"The update of level {level.name!r} returned", "an update keeps names and shapes")
@@ -213,10 +214,19 @@ def chain(
         upstream = upstream | {level.name: _leaves({name: stepped[name] for name in params})}
 
     outer, adjoint = _evaluated(
-        lambda *_: outer_loss(upstream), list(upstream.values()), "outer", towards=list(upstream.values())
+        lambda *_: outer_loss(upstream),
+        list(upstream.values()),
+        "outer",
+        towards=list(upstream.values()),
+        group=group,
     )
-    outer_mean, *adjoint = averaged([outer.detach(), *adjoint], [outer, *_flat(upstream)], group)
+    one = torch.ones_like(outer)  # a process may use a hyperparameter that another does not
+    flags = [one if name in used else None for name in theta]
+    found = [outer.detach(), *adjoint, *flags]
+    outer_mean, *rest = averaged(found, [outer, *_flat(upstream), *(one for _ in theta)], group)
     assert outer_mean is not None  # for mypy: a loss is never missing
+    adjoint, flags = rest[: -len(theta)], rest[-len(theta) :]
+    _check_finite(outer_mean, "outer")
     adjoints = _split(adjoint, upstream)
     if all(d is None for d in adjoints[levels[-1].name]):
         raise ValueError(
@@ -224,7 +234,8 @@ def chain(
             "that it finds upstream, or leave the level out."
         )
     parts = {"outer": adjoints.pop("hparams")}
-    used |= {name for name, d in zip(theta, parts["outer"], strict=True) if d is not None}
+    for name, *uses in zip(theta, parts["outer"], flags, strict=True):
+        used |= {name for use in uses if use is not None}
     _check_used(theta, used)
     while history:  # popped, so that each level's graph goes when it has served
         level, params, state, taken, seen = history.pop()
@@ -238,7 +249,7 @@ def chain(
             adjoints[name] = [_sum(one, other) for one, other in zip(adjoints[name], more, strict=True)]
 
     filled = {
-        name: dict(zip(theta, _filled(parts[name], list(theta.values())), strict=True))
+        name: dict(zip(theta, (d.clone() for d in _filled(parts[name], list(theta.values()))), strict=True))
         for name in ["outer", *(level.name for level in levels)]
     }
     return ChainStep(
@@ -285,20 +296,12 @@ def _finite_difference(
     loss, both = _loss(level, params, upstream, towards=[params, *upstream.values()])
     g, here = _for_params(both[: len(params)], params, _which(level)), both[len(params) :]
 
-    def displaced(by: float, u: Tensors) -> Gradients:
-        moved = {name: (p + by * u[name]).detach() for name, p in params.items()}
+    def gradients_at(moved: Tensors) -> Gradients:
         with _replayed(random, before):
             return _loss(level, moved, upstream, towards=list(upstream.values()))[1]
 
     def mixed(u: Tensors) -> Gradients:
-        length = float(torch.nn.utils.get_total_norm(list(u.values())))
-        if length == 0 or all(d is None for d in here):  # nothing passes through the step
-            return [None] * len(here)
-        epsilon = radius / length
-        there, back, width = displaced(epsilon, u), here, epsilon
-        if scheme == "central":
-            back, width = displaced(-epsilon, u), 2 * epsilon
-        return [None if a is None or b is None else (a - b) / width for a, b in zip(there, back, strict=True)]
+        return _difference(gradients_at, here, params, u, scheme=scheme, radius=radius)
 
     towards = _split(here, upstream)["hparams"]
     used = {name for name, d in zip(upstream["hparams"], towards, strict=True) if d is not None}

@@ -8,6 +8,8 @@ all-reduce. No module is wrapped, and no collective is differentiated: wrapped i
 ``torch.autograd.grad`` does not synchronise at all, and every process goes its own way without a word.
 """
 
+import functools
+import re
 import time
 from collections.abc import Sequence
 
@@ -16,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 Group = dist.ProcessGroup | None  # of ``torch.distributed.init_process_group``; None for one process alone
+
+LOST = re.compile("connection|timed out|broken pipe|peer", re.IGNORECASE)  # gloo's words for it
 
 PATIENCE = 5.0  # seconds in which the survivors of a lost process report to one another
 
@@ -29,19 +33,21 @@ def averaged(tensors: Sequence[Tensor | None], like: Sequence[Tensor], group: Gr
         group: The processes; with ``None`` the tensors are returned as they are.
 
     Raises:
-        ConnectionError: A process is gone or does not answer; the message names its rank.
+        ConnectionError: A process is gone or does not answer; the message names its rank. The default process group
+            is destroyed by then. NCCL reports a lost process later, unless ``TORCH_NCCL_BLOCKING_WAIT=1`` is set.
     """
     if group is None or not tensors:
         return list(tensors)
     size = dist.get_world_size(group)
     filled = [torch.zeros_like(t) if d is None else d.detach() for d, t in zip(tensors, like, strict=True)]
-    kind = max((t.dtype for t in filled), key=lambda dtype: torch.finfo(dtype).bits)
-    here = torch.tensor([d is not None for d in tensors], dtype=kind, device=filled[0].device)
-    flat = torch.cat([here, *(t.reshape(-1).to(kind) for t in filled)])
+    kind = functools.reduce(torch.promote_types, (t.dtype for t in filled), torch.float32)  # sums overflow in halves
+    home = next((t.device for t in filled if t.is_cuda), filled[0].device)
+    here = torch.tensor([d is not None for d in tensors], dtype=kind, device=home)
+    flat = torch.cat([here, *(t.reshape(-1).to(home, kind) for t in filled)])
     _all_reduce(flat, group)
     counts, *parts = flat.split([len(filled), *(t.numel() for t in filled)])
     return [
-        (part / size).view_as(t).to(t.dtype) if count else None
+        (part / size).view_as(t).to(t) if count else None
         for count, part, t in zip(counts.tolist(), parts, filled, strict=True)
     ]
 
@@ -51,6 +57,8 @@ def _all_reduce(flat: Tensor, group: dist.ProcessGroup) -> None:
     try:
         dist.all_reduce(flat, group=group)
     except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not LOST.search(str(error)):
+            raise
         lost = ", ".join(map(str, _missing(rank, group)))
         raise ConnectionError(
             f"Rank {rank} lost {f'rank {lost}' if lost else 'a process'} while averaging gradients: look at what ended "

@@ -147,9 +147,9 @@ def unrolled(
     params, state = history[-1].params_after, history[-1].state_after
 
     last = _leaves(params)
-    outer, both = _evaluated(outer_loss, (last, hparams), "outer", seeds, towards=[last, hparams])
+    outer, both = _evaluated(outer_loss, (last, hparams), "outer", seeds, towards=[last, hparams], group=group)
     direct = both[len(last) :]
-    outer, v = _averaged(outer, _for_params(both[: len(last)], last, "outer"), group)
+    outer, v = _averaged(outer, _for_params(both[: len(last)], last, "outer"), "outer", group)
     alpha = list(v.values())
     sigma = [torch.zeros_like(t) for t in _moments(state)]
     indirect: Gradients = [None] * len(hparams)
@@ -196,10 +196,11 @@ def _walk(
     hparams = hparams if graph else _detached(hparams)
     for inner_loss in inner_losses:
         before = _leaves(params)
-        loss, found = _evaluated(inner_loss, (before, hparams), "inner", seeds, towards=[before], graph=graph)
+        given = before, hparams
+        loss, found = _evaluated(inner_loss, given, "inner", seeds, towards=[before], graph=graph, group=group)
         g = _for_params(found, before, "inner")
-        loss, mean_g = _averaged(loss, g, group)
-        stepped, new_state = update.step(params, mean_g, state)
+        loss, mean_g = _averaged(loss, g, "inner", group)
+        stepped, new_state = _detached(update.step(params, mean_g, state))
         _check_like(stepped, params, "The update returned", "an update keeps names and shapes")
         yield _Taken(before, state, g, mean_g, loss, stepped, new_state)
         params, state = stepped, new_state

@@ -66,6 +66,27 @@ def losses(network, white, images):
     return inner, outer
 
 
+def one_sided(rank, group, images):
+    """A hyperparameter that one process alone uses, and a loss that one process alone finds infinite."""
+    params = {"0.w": torch.ones(()).double(), "3.w": torch.ones(()).double()}
+    hparams = {name: torch.ones(()).double() for name in ("both", "first")}
+
+    def inner(p, h):
+        used = h["both"] + (h["first"] if rank == 0 else 0)
+        return (used * p["0.w"] * p["3.w"] * images).square().mean()
+
+    def outer(p, h):
+        return (p["0.w"] * p["3.w"] * images).mean()
+
+    for estimator in ("exact", "finite_difference", two_levels):
+        found = hypergradient(inner, outer, params, hparams, sgd(0.1), estimator=estimator, group=group)
+        assert found.hypergradient["first"] != 0
+    try:
+        hypergradient(lambda p, h: inner(p, h) / (rank - 1), outer, params, hparams, sgd(0.1), group=group)
+    except ValueError as error:
+        os.write(sys.stdout.fileno(), f"\n{rank}: {error}\n".encode())
+
+
 def distance(a, b):
     """Relative, over all tensors together."""
     a, b = (torch.cat([t.reshape(-1) for t in tensors.values()]) for tensors in (a, b))
@@ -118,6 +139,7 @@ def main(lost: int | None) -> None:
                 )
             line = f"\n{rank}|{name}|{update_name}|{worst:.3e}|{len(sent)}|{sum(sent)}\n"
             os.write(sys.stdout.fileno(), line.encode())  # at once: processes share the stream
+    one_sided(rank, group, images[mine])
     dist.barrier()
     dist.destroy_process_group()
 

@@ -493,3 +493,59 @@ def test_random_state_is_put_back_when_a_displaced_loss_fails():
     wanted = torch.Generator().manual_seed(0)
     torch.rand((), generator=wanted)
     assert torch.equal(generator.get_state(), wanted.get_state())
+
+
+def test_a_module_under_two_names_keeps_its_parameters():
+    """torch's functional_call puts a plain tensor in their place, and an optimiser then moves nothing."""
+    with torch.random.fork_rng(devices=[]):
+        shared = nn.Linear(3, 3).double()
+        network = nn.Sequential(shared, nn.BatchNorm1d(3).double(), shared, nn.Tanh())
+        network.append(network[1])
+        x = torch.randn(4, 3).double()
+    own, statistics = dict(network.named_parameters()), network[1].running_mean
+    params = {name: p.detach() + 0.1 for name, p in own.items()}
+
+    def loss(params, hparams):
+        return stateless(network, params, hparams["a"] * x).square().mean()
+
+    hypergradient(loss, loss, params, {"a": torch.tensor(1.0).double()}, sgd(0.1))
+    assert all(now is own[name] for name, now in network.named_parameters())
+    assert network[1].running_mean is statistics
+    assert not statistics.any()
+    moved = copy.deepcopy(network)
+    moved.load_state_dict(params, strict=False)
+    assert torch.equal(stateless(network, params, x), moved(x))
+    with pytest.raises(ValueError, match=r"Sequential has no parameter '0\.weigth': give those of named_parameters"):
+        stateless(network, {"0.weigth": params["0.weight"]}, x)
+
+
+@pytest.mark.parametrize("scheme", ["forward", "central"])
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e20])
+def test_finite_difference_does_not_depend_on_the_size_of_the_outer_loss(size, scheme):
+    """Squares of small or large gradients leave the range of float32."""
+    params, hparams = {"x": torch.tensor([1.0, 2.0])}, {"a": torch.tensor(0.5)}
+
+    def inner(params, hparams):
+        return (hparams["a"] * params["x"]).square().sum()
+
+    def outer(params, hparams):
+        return size * params["x"].sum()
+
+    found = hypergradient(
+        inner, outer, params, hparams, sgd(0.1), estimator="finite_difference", scheme=scheme, radius=1e-2
+    )
+    assert found.hypergradient["a"] / size == pytest.approx(-0.1 * 4 * 0.5 * 3, rel=1e-2)
+
+
+def test_finite_difference_refuses_hyperparameters_in_which_differences_drown():
+    hparams = {"a": torch.tensor(0.5, dtype=torch.bfloat16)}
+    with pytest.raises(ValueError, match=r"'a' is torch\.bfloat16, in which two gradients that differ by little"):
+        hypergradient(value, value, {"x": torch.ones(2)}, hparams, estimator="finite_difference")
+
+
+@pytest.mark.parametrize("estimator", ["exact", "unrolled"])
+def test_a_state_with_lists_is_refused(estimator):
+    update = Update(lambda params: {"buffers": [torch.zeros(2)]}, sgd(0.1).step)
+    options = {"steps": 2} if estimator == "unrolled" else {}
+    with pytest.raises(ValueError, match="The state of an update holds a list or tuple: keep its tensors in dict"):
+        hypergradient(value, value, {"x": torch.ones(2)}, {"a": torch.ones(2)}, update, None, estimator, **options)

@@ -280,3 +280,41 @@ def test_third_derivatives_are_refused(name):
         (g,) = torch.autograd.grad(function(*inputs).sin().sum(), inputs[0], create_graph=True)
     with pytest.raises(RuntimeError, match=r"no third derivatives: leave create_graph=True out of the second\."):
         torch.autograd.grad(g, inputs[0], torch.ones_like(g), create_graph=True)
+
+
+def test_a_norm_whose_output_is_looked_at_is_not_fused():
+    """A hook on it, or its gradient kept, must see what torch shows."""
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64, requires_grad=True)
+
+    def hooked():
+        z = F.group_norm(x, 2)
+        z.register_hook(lambda g: 2 * g)
+        return torch.autograd.grad(F.silu(z).square().sum(), x)[0]
+
+    def kept():
+        z = F.group_norm(x, 2)
+        z.retain_grad()
+        F.silu(z).square().sum().backward()
+        return z.grad
+
+    for look in (hooked, kept):
+        wanted = look()
+        with fused_kernels():
+            assert torch.allclose(look(), wanted, rtol=1e-12)
+
+
+def test_it_works_inside_a_checkpoint():
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.SiLU(), nn.Conv2d(4, 1, 3)).double()
+    x, params = torch.randn(2, 1, 8, 8).double(), dict(network.named_parameters())
+
+    def block(x):
+        with fused_kernels():
+            return stateless(network, params, x)
+
+    def second(forward):
+        given = x.clone().requires_grad_()
+        g = torch.autograd.grad(forward(given).square().sum(), list(params.values()), create_graph=True)
+        return torch.autograd.grad(g, given, [torch.ones_like(d) for d in g])[0]
+
+    checkpointed = second(lambda x: torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False))
+    assert torch.allclose(checkpointed, second(block), rtol=1e-12)

@@ -38,6 +38,8 @@ def test_a_step_over_two_processes_is_the_step_on_the_joined_batch():
     for _, estimator, update, worst, _, _ in lines:
         assert float(worst) <= 1e-12, (estimator, update, worst)
     sent = {estimator: (int(calls), int(size)) for _, estimator, _, _, calls, size in lines}
+    for rank in (0, 1):  # an infinite loss of rank 1 ends both, for the same reason
+        assert re.search(rf"^{rank}: The inner loss is -?inf: look for a division by zero", out, re.MULTILINE)
     phi, theta = numbers()
     loss = 2  # with its flag
     three = 3, 8 * (2 * (phi + loss) + theta)  # inner gradient, outer gradient, hypergradient
