@@ -485,8 +485,15 @@ def _combined(first: tuple[Tensor, Tensor], *rest: tuple[Tensor, Tensor], consta
     return total.add_(_channels(constant, total))
 
 
+def _normal(x: Tensor, weight: Tensor | None, bias: Tensor | None, values: int) -> bool:
+    """Whether a norm over so many values is a valid one; torch says what is wrong with the others."""
+    return values > 1 and all(t is None or t.shape == x.shape[1:2] for t in (weight, bias))
+
+
 def _group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):  # type: ignore[no-untyped-def]
-    if not _fits(input, weight, bias):
+    if not _fits(input, weight, bias) or num_groups < 1 or input.shape[1] % num_groups:
+        return None
+    if not _normal(input, weight, bias, input[0].numel() // num_groups):
         return None
     return _Layer.apply(_dense(input), weight, bias, None, _Norm(num_groups, eps), None)
 
@@ -494,7 +501,9 @@ def _group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):  # type: i
 def _instance_norm(  # type: ignore[no-untyped-def]
     input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5
 ):
-    if not _fits(input, weight, bias) or running_mean is not None or not use_input_stats or input[0, 0].numel() == 1:
+    if not _fits(input, weight, bias) or running_mean is not None or not use_input_stats:
+        return None
+    if not _normal(input, weight, bias, input[0, 0].numel()):
         return None
     return _Layer.apply(_dense(input), weight, bias, None, _Norm(input.shape[1], eps), None)
 
@@ -502,7 +511,9 @@ def _instance_norm(  # type: ignore[no-untyped-def]
 def _batch_norm(  # type: ignore[no-untyped-def]
     input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
 ):
-    if not training or momentum is None or not _fits(input, weight, bias) or input[:, 0].numel() == 1:
+    if not training or momentum is None or not _fits(input, weight, bias):
+        return None
+    if not _normal(input, weight, bias, input[:, 0].numel()):
         return None
     if running_mean is not None:
         with torch.no_grad():

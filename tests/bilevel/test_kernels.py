@@ -318,3 +318,22 @@ def test_it_works_inside_a_checkpoint():
 
     checkpointed = second(lambda x: torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False))
     assert torch.allclose(checkpointed, second(block), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda x: F.group_norm(x, 4),
+        lambda x: F.group_norm(x, 3, weight=torch.ones(1)),
+        lambda x: F.group_norm(x[:1, :, :1, :1], 6),
+        lambda x: F.instance_norm(x, weight=torch.ones(2), bias=torch.ones(2)),
+        lambda x: F.batch_norm(x, None, None, weight=torch.ones(2), training=True),
+    ],
+)
+def test_what_torch_refuses_is_refused(layer):
+    x = torch.randn(2, 6, 4, 4, requires_grad=True)
+    with pytest.raises((RuntimeError, ValueError)) as wanted:
+        layer(x)
+    with fused_kernels(), pytest.raises(wanted.type) as found:
+        layer(x)
+    assert str(found.value) == str(wanted.value)
