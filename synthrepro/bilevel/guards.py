@@ -41,7 +41,7 @@ NO_SECOND_DERIVATIVE = re.compile(
 def evaluating(*given: Tensors) -> Iterator[None]:
     """Watch one evaluation of a loss, and its gradient, for what an estimator cannot allow.
 
-    It costs 2.5 to 5.5 microseconds a call of a module (more with buffers), and 0.15 a tensor given.
+    It costs little, a few lines of Python for each call of a module.
 
     Args:
         given: The named tensors that the loss is called with.
@@ -98,7 +98,7 @@ def check_graph(loss: Tensor, *, twice: bool) -> None:
     """Look for functions in the graph of a loss whose terms ``torch.autograd.grad`` would leave out in silence.
 
     A function without the mark ``once_differentiable`` whose backward builds no graph cannot be told from a correct
-    one. The walk takes 0.6 microseconds a node.
+    one.
 
     Args:
         loss: The loss, of any shape.

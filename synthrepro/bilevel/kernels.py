@@ -54,8 +54,8 @@ def fused_kernels() -> AbstractContextManager[Any]:
     towards it. Inside :func:`torch.utils.checkpoint.checkpoint` enter it within the checkpointed function. Inside
     :func:`~synthrepro.bilevel.stacked` it does nothing.
 
-    It pays where maps are large. On images of 32 x 32, one at a time, the calls outweigh what they save, and on the
-    small volumes that we tried in 3-D torch's own were faster too. Finite differences gain memory by it, not time.
+    It pays where maps are large. Every layer costs some more calls, so time it on small images, and on volumes, before
+    you use it there (``benchmarks/hypergradient.py`` has both UNets and several sizes in 2-D).
 
     Raises:
         RuntimeError: On a third derivative, when ``create_graph=True`` is given for the second one.
