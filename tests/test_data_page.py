@@ -7,8 +7,9 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from PIL import Image
 
-from synthrepro.data import TASKS, brain_oasis
+from synthrepro.data import TASKS, brain_oasis, breast_us, pairs
 from synthrepro.data.volumes import read_pair
 from synthrepro.errors import UserError
 
@@ -100,6 +101,35 @@ def test_the_folders_of_freesurfer_are_where_it_is_looked_for(tmp_path: Path, na
     assert re.findall(r"\w+\.mgz", below)[:2] == [path.name for path in read]
 
 
+def shown(name: str) -> list[str]:
+    """The files that the folder of a section shows."""
+    above: list[str] = []
+    found = []
+    for line in tree(name).splitlines():
+        entry = re.split(r" \.\.\.$|  +", line.strip())[0]
+        above[(len(line) - len(line.lstrip())) // 2 :] = [entry]
+        if entry != "..." and not entry.endswith("/"):
+            found.append("".join(above))
+    return found
+
+
+@pytest.mark.parametrize("name", ["breast-us", "hippocampus", "lung-xray", "polyp", "skin-lesion", "wound"])
+def test_the_folders_of_pictures_are_read_as_they_are_shown(tmp_path: Path, name: str):
+    paths = [tmp_path / path for path in shown(name)]
+    assert len(paths) > 1
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert sorted(READERS[name].files(tmp_path / name)) == sorted(paths)
+
+
+@pytest.mark.parametrize("name", ["breast-us", "hippocampus", "lung-xray", "polyp", "skin-lesion", "wound"])
+def test_the_numbers_of_a_split_are_the_options(name: str):
+    counts = [count for count in READERS[name].Options().subjects if count]
+    _, _, said = plain(SECTIONS[name]).partition("**Splits.**")
+    assert re.findall(r"\d+", said.partition("as given, ")[2])[: len(counts)] == [str(count) for count in counts]
+
+
 # ----- the reports
 
 
@@ -132,3 +162,32 @@ def test_the_page_shows_the_sentences_of_the_checks(tmp_path: Path, number: str,
     with pytest.raises(UserError) as error:
         read_pair(scan, map_, brain_oasis.STRUCTURES)
     assert f"brain-oasis (real): {str(error.value).replace(str(tmp_path), '...')}\n" in TEXT
+
+
+def damage_picture(folder: Path, kind: str) -> None:
+    """One picture with its mask in the layout of BUSI, of which something is wrong."""
+    stem = folder / f"benign ({['unpaired', 'twice', 'size', '', 'code', 'cut'].index(kind) + 1})"
+    noise = np.random.default_rng(0).integers(0, 256, (471, 500), dtype=np.uint8)
+    mask = np.zeros((400 if kind == "size" else 471, 500), dtype=np.uint8)
+    mask[100:200, 100:200] = 38 if kind == "code" else 255
+    for values, end in ((noise, ".png"), (mask, "_mask.png")):
+        Image.fromarray(values).save(f"{stem}{end}")
+    if kind == "unpaired":
+        Path(f"{stem}_mask.png").unlink()
+        Image.fromarray(mask).save(folder / "benign (7)_mask.png")
+    if kind == "twice":
+        Image.fromarray(noise).save(f"{stem}.jpg")
+    if kind == "cut":
+        path = Path(f"{stem}.png")
+        path.write_bytes(path.read_bytes()[:-2000])
+
+
+@pytest.mark.parametrize("kind", ["unpaired", "twice", "size", "code", "cut", "nothing"])
+def test_the_page_shows_the_sentences_of_the_checks_of_pictures(tmp_path: Path, kind: str):
+    folder = tmp_path / "data" / "breast-us" / "BUSI" / "benign"
+    if kind != "nothing":
+        folder.mkdir(parents=True)
+        damage_picture(folder, kind)
+    with pytest.raises(UserError) as error:
+        pairs.check({"busi": breast_us.busi(folder)})
+    assert f"breast-us (real): {str(error.value).replace(str(tmp_path), '...')}\n" in TEXT

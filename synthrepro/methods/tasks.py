@@ -1,12 +1,12 @@
 """The tasks, and how they earned their place: an admission card, measured before any method runs on a task.
 
-A task is admitted if neither position alone nor intensity alone solves it, if it can be solved in every contrast by a
-network trained there, if few labels cost something, and if a change of contrast costs something.
+A task is admitted if neither position alone nor intensity alone solves it, if it can be solved in every contrast or
+style by a network trained there, if few labels cost something, and if a change of contrast or style costs something.
 """
 
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from synthrepro.data import Split, Task, load_task
 from synthrepro.evidence import Cell, Config, Context, Experiment, Record, Result
-from synthrepro.metrics import dice
+from synthrepro.metrics import dice, jaccard
 from synthrepro.models import unet
 from synthrepro.training import seeded, segment, soft_dice_loss, stream
 
@@ -177,6 +177,99 @@ def criteria(records: Sequence[Record]) -> dict[str, float]:
     }
 
 
+class LesionAdmission(Config):
+    """Configuration of `lesion_admission`.
+
+    Attributes:
+        size, subjects: options of the task.
+        steps, batch, lr, checks: of every training, as in `Admission`.
+        modalities: of the task.
+        labelled: numbers of labelled training subjects of the learning curve, below all.
+    """
+
+    size: tuple[int, int]
+    subjects: tuple[int, int, int]
+    steps: int
+    batch: int
+    lr: float
+    checks: int
+    modalities: tuple[str, ...] = Field(exclude=True)
+    labelled: tuple[int, ...] = Field(exclude=True)
+    seeds: int = Field(exclude=True)
+
+
+LESION_STYLES = {"dermoscopy": ("standard", "camera", "skin"), "ultrasound": ("standard", "probe", "tissue")}
+
+
+class Colour(nn.Module):
+    """A table of logits, one entry a colour: what `Intensity` is to grey images."""
+
+    def __init__(self, classes: int, levels: int = 12) -> None:
+        super().__init__()
+        self.levels = levels
+        self.logits = nn.Parameter(torch.zeros(levels**3, classes))
+
+    def forward(self, images: Tensor) -> Tensor:
+        red, green, blue = (images * (self.levels - 1)).round().long().unbind(1)  # (B, H, W) each
+        return F.embedding((red * self.levels + green) * self.levels + blue, self.logits).movedim(-1, 1)
+
+
+def lesion_cells(config: LesionAdmission) -> list[Cell]:
+    """Trivial predictors and oracle of each modality first, then the oracles of other styles, then the curves."""
+    arms = [
+        (m, method, "standard", "all") for m in config.modalities for method in ("position", "intensity", "network")
+    ]
+    arms += [(m, "network", style, "all") for m in config.modalities for style in LESION_STYLES[m][1:]]
+    arms += [(m, "network", "standard", str(n)) for m in config.modalities for n in config.labelled]
+    return [
+        Cell(method, "lesion", seed, {"modality": modality, "style": style, "labelled": labelled})
+        for modality, method, style, labelled in arms
+        for seed in range(config.seeds)
+    ]
+
+
+def lesion_run(cell: Cell, config: LesionAdmission, context: Context) -> Result:
+    """Train one predictor on one style, and score it on the test lesions in every style of the modality.
+
+    What a seed redraws, and which labels a smaller number has, is as in `run`.
+    """
+    style, options = str(cell.setting["style"]), config.model_dump(include={"size", "subjects"})
+    task = context.data(load_task(cell.task, modality=cell.setting["modality"], style=style, **options))
+    classes, everybody = len(task.classes), task.splits["train"].individuals
+    labelled = task.splits["train"]
+    if cell.setting["labelled"] != "all":
+        order = torch.randperm(len(everybody), generator=stream(cell.seed, "labelled")).tolist()
+        labelled = labelled.take([everybody[i] for i in order[: int(cell.setting["labelled"])]])
+    build: dict[str, Callable[[], nn.Module]] = {
+        "position": lambda: Position(classes, config.size),
+        "intensity": lambda: Colour(classes) if task.channels == 3 else Intensity(classes),
+        "network": lambda: unet(task.channels, classes, (16, 32, 64, 128)),
+    }
+    network = seeded(build[cell.method], stream(cell.seed, "weights")).to(context.device)
+    # it reads steps, batch, lr and checks, which both configurations have
+    train(network, task, labelled, cast(Admission, config), cell.seed, context)
+    metrics: dict[str, float] = {}
+    cases: list[dict[str, Any]] = []
+    for name, split in task.splits.items():
+        if name == "train":
+            continue
+        maps = segment(network, split.images.to(context.device)).cpu()
+        scores = {
+            "dice": dice(maps, split.labels, classes)[:, 0],
+            "jaccard": jaccard(maps, split.labels, classes)[:, 0],
+        }
+        if name in ("test", "validation"):
+            after = "" if name == "test" else "_validation"
+            metrics |= {f"{score}{after}": float(values.mean()) for score, values in scores.items()}
+        if name != "validation":
+            cases += [
+                {"subject": subject, "split": f"test-{style}" if name == "test" else name}
+                | {score: round(float(values[i]), 5) for score, values in scores.items()}
+                for i, subject in enumerate(split.subjects)
+            ]
+    return Result(metrics, cases)
+
+
 EXPERIMENTS = {
     "admission": Experiment(
         "admission",
@@ -185,5 +278,13 @@ EXPERIMENTS = {
         cells,
         run,
         lambda cell, config: config.steps,
-    )
+    ),
+    "lesion_admission": Experiment(
+        "lesion_admission",
+        "Is the task lesion worth a method's trouble? As admission, in each modality",
+        LesionAdmission,
+        lesion_cells,
+        lesion_run,
+        lambda cell, config: config.steps,
+    ),
 }

@@ -16,6 +16,7 @@ generator, as torch's own modules do.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,9 +63,10 @@ class MixedConv2d(nn.Module):
             raise ValueError(f"Kernel sizes must be even and ascending, not {tuple(kernels)}.")
         self.kernels, self.transposed = tuple(kernels), transposed
         channels = (in_channels, out_channels) if transposed else (out_channels, in_channels)
-        self.weights = nn.ParameterList(torch.empty(*channels, k, k, memory_format=torch.channels_last) for k in kernels)
-        self.biases = nn.ParameterList(torch.empty(out_channels) for _ in kernels) if bias else None
-        initialise(self)
+        # With channels last, or the middle of a kernel would be rows of four values.
+        empty = partial(torch.empty, memory_format=torch.channels_last)
+        self.weights = nn.ParameterList(nn.init.normal_(empty(*channels, k, k), 0, 0.02) for k in kernels)
+        self.biases = nn.ParameterList(torch.zeros(out_channels) for _ in kernels) if bias else None
 
     def forward(self, x: Tensor, mixture: Tensor) -> Tensor:
         """Convolve; the mixture weights (K,) are used as they are."""
@@ -81,8 +83,6 @@ class _Mixed(torch.autograd.Function):
     On small maps sums of kernels cost more than the convolution, and autograd would make many more of them.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(mixture: Tensor, size: int, *kernels: Tensor) -> Tensor:
         mixed = mixture[-1] * _resized(kernels[-1], size)
@@ -98,12 +98,24 @@ class _Mixed(torch.autograd.Function):
         ctx.save_for_backward(mixture, *kernels)
 
     @staticmethod
+    def vmap(info: Any, dims: Any, *given: Any) -> tuple[Tensor, int]:  # no addcmul_ there
+        def one(i: int) -> list[Any]:
+            return [value if dim is None else value.select(dim, i) for value, dim in zip(given, dims, strict=True)]
+
+        return torch.stack([_Mixed.apply(*one(i)) for i in range(info.batch_size)]), 0
+
+    @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:  # of operations that can be differentiated again
         mixture, *kernels = ctx.saved_tensors
         parts = [_resized(g, min(g.shape[-1], kernel.shape[-1])) for kernel in kernels]
         pairs = list(zip(mixture, kernels, parts, strict=True))
-        shares = torch.stack([_inner(_resized(kernel, part.shape[-1]), part) for _, kernel, part in pairs])
-        return shares, None, *(_resized(share * part, kernel.shape[-1]) for share, kernel, part in pairs)
+        to_mixture, _, *wanted = ctx.needs_input_grad
+        shares = [_inner(_resized(kernel, part.shape[-1]), part) for _, kernel, part in pairs if to_mixture]
+        slopes = [
+            _resized(share * part, kernel.shape[-1]) if want else None
+            for want, (share, kernel, part) in zip(wanted, pairs, strict=True)
+        ]
+        return torch.stack(shares) if to_mixture else None, None, *slopes
 
 
 def _resized(kernel: Tensor, size: int) -> Tensor:
@@ -208,7 +220,7 @@ class Generator(nn.Module):
         for level in reversed(range(len(self.up))):
             x = self.up_after[level](self.up[level](F.relu(x), *up[level]))
             x = torch.cat([skips.pop(), x], 1) if skips else x
-        return x
+        return x.contiguous()  # channels first, whatever the kernels lie like
 
 
 def architecture(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -308,18 +320,15 @@ def generator_loss(logits: Tensor, fake: Tensor, real: Tensor, l1_weight: float 
 
 @torch.no_grad()
 def initialise(module: nn.Module) -> None:
-    """Draw all kernels from N(0, 0.02) and gains of BatchNorm from N(1, 0.02), biases are 0 (appendix 6.2)."""
+    """Draw all kernels from N(0, 0.02) and gains of BatchNorm from N(1, 0.02), biases are 0 (appendix 6.2).
+
+    :class:`MixedConv2d` draws its own.
+    """
     for part in module.modules():
-        if isinstance(part, MixedConv2d):
-            kernels, biases = [*part.weights], [*(part.biases or ())]
-        elif isinstance(part, nn.Conv2d | nn.ConvTranspose2d | nn.BatchNorm2d):
-            kernels, biases = [part.weight], [] if part.bias is None else [part.bias]
-        else:
-            continue
-        for kernel in kernels:
-            nn.init.normal_(kernel, float(isinstance(part, nn.BatchNorm2d)), 0.02)
-        for bias in biases:
-            nn.init.zeros_(bias)
+        if isinstance(part, nn.Conv2d | nn.ConvTranspose2d | nn.BatchNorm2d):
+            nn.init.normal_(part.weight, float(isinstance(part, nn.BatchNorm2d)), 0.02)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
 
 
 def _mixtures(alpha: Tensor | None, levels: int) -> list[tuple[Tensor, ...]]:

@@ -1,4 +1,4 @@
-"""A small brain, and scans of it in files, for the readers of real data."""
+"""A small brain, and scans of it in files, and pictures with masks, for the readers of real data."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -7,6 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
+from PIL import Image
 
 VOXEL, SIDE = 5.0, 40  # mm and voxels: a box of 200 mm
 MIDDLE = np.array([100.0, 100.0, 100.0])  # mm
@@ -75,3 +76,32 @@ def head() -> Callable[..., Head]:
 @pytest.fixture(scope="session")
 def write_volume() -> Callable[..., Path]:
     return write
+
+
+# ----- pictures and masks
+
+
+def save(path: Path, values: np.ndarray) -> Path:
+    """Write (H, W) or (H, W, C) as a picture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(values).save(path)
+    return path
+
+
+def save_case(image: Path, *masks: Path, shape: tuple[int, int] = (24, 32), value: int = 255, seed: int = 0) -> None:
+    """Write a picture of coloured noise, and masks with a square of 8 x 8 each, one after another on the diagonal."""
+    save(image, np.random.default_rng(seed).integers(0, 256, (*shape, 3), dtype=np.uint8))
+    for k, path in enumerate(masks):
+        mask = np.zeros(shape, dtype=np.uint8)
+        mask[8 * k : 8 * k + 8, 8 * k : 8 * k + 8] = value
+        save(path, mask)
+
+
+@pytest.fixture(scope="session")
+def save_picture() -> Callable[..., Path]:
+    return save
+
+
+@pytest.fixture(scope="session")
+def save_pair() -> Callable[..., None]:
+    return save_case

@@ -7,6 +7,7 @@ in every arm: to choose the segmenter's best state, and in GenSeg to drive the a
 "train-validation" trains on all n, and takes its last state.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -273,7 +274,7 @@ def train_arm(spec: dict[str, Any], folder: Path, context: Context) -> None:
     pool = Pool(task, spec["labels"], config.batch, seed, device, both=both)
     network = segmenter_for(spec["segmenter"], task, config, seed, device)
     keeper = Keeper(network, pool, config, context)
-    saved: dict[str, Any] = {"noted": {}}
+    saved: dict[str, Any] = {"noted": {"moved": 0.0}}
     if arm.images in ("separate", "joint"):
         gan = pretrained(spec, arm, task, config, context)
         if arm.images == "joint":
@@ -315,7 +316,9 @@ def joint(
     if trail:
         every = max(1, len(trail) // 25)
         noted |= {f"trail {name}": [round(point[name], 6) for point in trail[::every]] for name in trail[0]}
-        noted |= {f"mean {name}": float(np.nanmean([point[name] for point in trail])) for name in trail[0]}
+        for name in trail[0]:  # a part of length zero has no direction
+            values = [point[name] for point in trail if math.isfinite(point[name])]
+            noted[f"mean {name}"] = float(np.mean(values)) if values else math.nan
     return noted
 
 
@@ -443,7 +446,7 @@ def scored(cell: Cell, config: ArmSettings, context: Context) -> Result:
         rows = cases(prediction, split.labels, split.subjects, name, task.classes, spacing=1.0)
         for score in ("jaccard", "dice", "surface_dice", "hausdorff95"):
             values = [row[score] for row in rows if row[score] is not None]
-            metrics[f"{score} {name}"] = float(np.mean(values)) if values else float("nan")
+            metrics[f"{score} {name}"] = float(np.mean(values)) if values else math.nan
         metrics[f"jaccard_trivial {name}"] = trivial(split, len(task.classes))
         found += rows
     return Result(metrics, found)
