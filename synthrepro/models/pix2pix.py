@@ -70,6 +70,7 @@ class MixedConv2d(nn.Module):
 
     def forward(self, x: Tensor, mixture: Tensor) -> Tensor:
         """Convolve; the mixture weights (K,) are used as they are."""
+        # Taps that lie further out meet no pixel, wherever the kernel is put.
         reach = 2 * max(x.shape[-2:]) * (2 if self.transposed else 1) - 2
         kernel = _Mixed.apply(mixture, min(self.kernels[-1], reach), *self.weights)
         bias = None if self.biases is None else mixture @ torch.stack([*self.biases])
@@ -80,7 +81,8 @@ class MixedConv2d(nn.Module):
 class _Mixed(torch.autograd.Function):
     """The weighted sum of kernels (O, I, k, k) about their common centre, cut to (O, I, size, size).
 
-    On small maps sums of kernels cost more than the convolution, and autograd would make many more of them.
+    By hand, for on small maps it takes as long as the convolution, and longer where autograd keeps every product.
+    It has second derivatives, but none in forward mode.
     """
 
     @staticmethod

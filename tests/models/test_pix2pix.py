@@ -95,10 +95,23 @@ class TestMixture:
 
     @pytest.mark.parametrize("transposed", SIDES)
     def test_seeds_can_be_batched(self, transposed: bool):
+        """As parameters of three seeds, with second derivatives."""
         layer, x = mixed(KERNELS, transposed), randn(2, 2, 4, 4)
-        mixtures = randn(3, 3).softmax(1)
-        together = vmap(lambda m: layer(x, m))(mixtures)
-        torch.testing.assert_close(together, torch.stack([layer(x, m) for m in mixtures]))
+        mixtures = randn(3, 3).softmax(1).requires_grad_()
+        kernels = {name: torch.stack([p, 2 * p, -p]).detach() for name, p in layer.named_parameters()}
+        kernels = {name: p.requires_grad_() for name, p in kernels.items()}
+
+        def call(params: dict[str, Tensor], mixture: Tensor) -> Tensor:
+            return torch.func.functional_call(layer, params, (x, mixture)).square().mean()
+
+        each = [call({name: p[i] for name, p in kernels.items()}, mixtures[i]) for i in range(3)]
+        found = []
+        for losses in (vmap(call)(kernels, mixtures), torch.stack(each)):
+            gradients = torch.autograd.grad(losses.sum(), list(kernels.values()), create_graph=True)
+            length = sum(g.square().sum() for g in gradients)
+            found.append([losses, *gradients, *torch.autograd.grad(length, [mixtures, *kernels.values()])])
+        for together, alone in zip(*found, strict=True):
+            torch.testing.assert_close(together, alone)
 
     def test_it_costs_one_convolution_of_the_largest_kernel(self):
         """In FLOPs of both passes; at the level where the map is 2 x 2 and at one where it is large."""
