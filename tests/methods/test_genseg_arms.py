@@ -187,6 +187,38 @@ def test_arms_share_the_pretrained_gan(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(built) == 2  # one with the mixture, one with the 8 x 8 kernel
 
 
+@pytest.mark.usefixtures("toy")
+def test_another_gan_makes_another_arm(tmp_path: Path) -> None:
+    config = genseg.Main(**SETTINGS, arms={"toy": {"unet": ("separate",)}}, labels={"toy": (10,)}, seeds=1)
+    (cell,) = experiments.main_cells(config)
+    artefacts = genseg.EXPERIMENTS["main"].artefacts
+    found = []
+    for code in ("one", "other"):
+        context = Context(tmp_path / code, artefacts, tmp_path / "shared", {"gan": code, "arm": "same"})
+        experiments.main_run(cell, config, context)
+        found.append(set(context.artefacts))
+        assert {name.partition("-")[0] for name in context.artefacts} == {"gan", "arm"}
+    assert not found[0] & found[1]
+
+
+@pytest.mark.usefixtures("toy")
+def test_a_segmenter_with_dropout_trains_alike_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: Task
+) -> None:
+    monkeypatch.setattr(arms, "task_of", lambda name, config: enlarged(task, 2))
+    results = [measured("real", tmp_path / name / "cell", "deeplabv3-resnet50", steps=2) for name in ("one", "other")]
+    assert results[0].cases == results[1].cases
+
+
+@pytest.mark.usefixtures("toy")
+def test_weights_move_at_the_rate_of_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = []
+    monkeypatch.setattr(arms, "train_jointly", lambda *args: rates.append(args[4].architecture_lr) or [])
+    for arm in ("genseg", "weights"):
+        measured(arm, tmp_path / arm)
+    assert rates == [SETTINGS["architecture_lr"], SETTINGS["generator_lr"]]
+
+
 def test_a_random_architecture_differs_by_seed_and_an_even_one_is_even(task: Task) -> None:
     config = genseg.GanSettings(**{k: v for k, v in SETTINGS.items() if k in genseg.GanSettings.model_fields})
     one, other, even = (
@@ -250,6 +282,13 @@ def test_search_and_gamma_change_what_they_name(tmp_path: Path) -> None:
     assert none["mean hypergradient"] == 0
     assert none["moved"] == 0
     assert one["mean hypergradient"] > 0
+
+
+@pytest.mark.usefixtures("toy")
+def test_a_separate_generator_is_not_looked_at_after_its_training(tmp_path: Path) -> None:
+    config = genseg.Generated(**SETTINGS, tasks={"toy": 10}, arms=("separate",), marks=2, judge_steps=1, seeds=1)
+    (cell,) = experiments.generated_cells(config)
+    assert experiments.generated_run(cell, config, Context(tmp_path)).metrics["trail step"] == [0, 1, 2]
 
 
 @pytest.mark.usefixtures("toy")

@@ -40,6 +40,22 @@ def test_every_profile_is_valid_and_lists_what_decides_first():
         assert all(cell.setting == {"contrast": "t1w", "labelled": "all"} for cell in first)
 
 
+def test_every_profile_lists_the_lesions_in_every_modality_and_style():
+    for profile in ("smoke", "cpu", "gpu", "paper"):
+        config = load_profile("tasks", profile)["lesion_admission"]
+        cells = load_chapter("tasks")["lesion_admission"].cells(config)
+        assert len({cell.key for cell in cells}) == len(cells)
+        first = cells[: 2 * 3 * config.seeds]
+        assert {cell.method for cell in first} == {"position", "intensity", "network"}
+        assert all((cell.setting["style"], cell.setting["labelled"]) == ("standard", "all") for cell in first)
+        assert max(config.labelled) < config.subjects[0]
+        for modality, styles in tasks.LESION_STYLES.items():
+            task = load_task("lesion", modality=modality, subjects=(1, 1, 1), size=(16, 16))
+            assert set(task.splits) == {"train", "validation", "test", *(f"test-{style}" for style in styles[1:])}
+            shown = {cell.setting["style"] for cell in cells if cell.setting["modality"] == modality}
+            assert shown == set(styles)
+
+
 def test_position_alone_never_looks_at_the_image():
     predictor = tasks.Position(4, (8, 6))
     assert torch.equal(predictor(torch.rand(2, 1, 8, 6)), predictor(torch.zeros(2, 1, 8, 6)))
@@ -55,6 +71,37 @@ def test_intensity_alone_looks_at_one_pixel_and_sees_nothing_else():
     assert predictor(image).shape == (1, 4, 8, 6)
     assert changed[0, 0]
     assert changed.sum() == 1
+
+
+def test_colour_alone_tells_any_two_colours_apart_and_sees_one_pixel():
+    predictor = tasks.Colour(2, levels=3)
+    with torch.no_grad():
+        predictor.logits.copy_(torch.arange(54).view(27, 2))
+    level = torch.tensor([0.0, 0.5, 1.0])
+    colours = torch.stack(torch.meshgrid(level, level, level, indexing="ij")).view(1, 3, 3, 9)
+    found = predictor(colours)
+    assert found.shape == (1, 2, 3, 9)
+    assert torch.equal(found[0, 0].flatten(), torch.arange(0.0, 54, 2))
+
+
+@pytest.mark.parametrize(("modality", "method"), [("dermoscopy", "intensity"), ("ultrasound", "network")])
+def test_a_cell_of_the_lesions_scores_the_test_lesions_in_every_style(modality: str, method: str, tmp_path: Path):
+    config = tasks.LesionAdmission(
+        size=(16, 16), subjects=(4, 1, 2), steps=4, batch=2, lr=0.01, checks=2, modalities=(), labelled=(), seeds=1
+    )
+    own, *others = reversed(tasks.LESION_STYLES[modality])
+    cell = Cell(method, "lesion", 0, {"modality": modality, "style": own, "labelled": "3"})
+    result = tasks.lesion_run(cell, config, Context(tmp_path / "a"))
+    assert [(case["split"], case["subject"]) for case in result.cases] == [
+        (f"test-{style}", f"test-000{i}") for style in (own, *reversed(others)) for i in range(2)
+    ]
+    for score in ("dice", "jaccard"):
+        mean = sum(case[score] for case in result.cases[:2]) / 2
+        assert mean == pytest.approx(result.metrics[score], abs=1e-5)
+        assert 0 <= result.metrics[f"{score}_validation"] <= 1
+    for case in result.cases:
+        assert case["jaccard"] == pytest.approx(case["dice"] / (2 - case["dice"]), abs=2e-5)
+    assert tasks.lesion_run(cell, config, Context(tmp_path / "b")) == result
 
 
 @pytest.mark.parametrize("method", ["position", "intensity", "network"])

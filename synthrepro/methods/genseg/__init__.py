@@ -11,7 +11,7 @@ low-data regimes, Nature Communications 16:6486 (2025), arXiv 2408.17421. Three 
 
 The released 2-D scripts solve another problem: they detach the generated image, so that nothing passes from the
 segmenter to the generator, hand the architecture A to no optimiser, and train the segmenter on validation images
-besides. Arm "as-coded" does what they do, arm "genseg" what the paper says.
+besides. Arm "as-coded" does the same (:func:`train_jointly` says what it leaves out), arm "genseg" what the paper says.
 """
 
 from synthrepro.evidence import Experiment

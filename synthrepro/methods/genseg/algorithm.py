@@ -87,7 +87,7 @@ class Batch:
 
 
 def segmentation_loss(logits: Tensor, labels: Tensor, kind: str) -> Tensor:
-    """Cross-entropy plus soft Dice or soft Jaccard of the foreground, with a smoothing of one pixel, per image.
+    """Cross-entropy plus soft Dice or soft Jaccard of the foreground, per image, one pixel added above and below.
 
     With two classes this is the released scripts' binary cross-entropy with logits plus Dice (JSRT) or Jaccard (ISIC),
     the logit being the difference of the two.
@@ -96,9 +96,10 @@ def segmentation_loss(logits: Tensor, labels: Tensor, kind: str) -> Tensor:
         logits: (B, K, H, W).
         labels: (B, H, W), int64.
     """
-    # Mean over the classes' overlaps, as with one foreground class; MONAI's default smoothing would be 1e-5.
+    jaccard = kind == "jaccard"
+    one = 2 if jaccard else 1  # MONAI takes twice the overlap over twice the union
     loss = DiceCELoss(
-        include_background=False, to_onehot_y=True, softmax=True, jaccard=kind == "jaccard", smooth_nr=1, smooth_dr=1
+        include_background=False, to_onehot_y=True, softmax=True, jaccard=jaccard, smooth_nr=one, smooth_dr=one
     )
     return loss(logits, labels[:, None])
 
@@ -176,7 +177,8 @@ def genseg_levels(
 
     Args:
         params, updates, state: of "generator" (its weights without what is the hyperparameter) and "segmenter".
-        as_coded: generated images as in the released scripts, detached and rounded to bytes: nothing passes.
+        as_coded: generated images as in the released ISIC script, detached, rounded to bytes and recoloured: nothing
+            passes. (The JSRT script equalises them instead, but the real images with them.)
     """
     loss, gamma = settings.loss, settings.gamma
 
@@ -186,7 +188,7 @@ def genseg_levels(
     def segmenter_loss(weights: Tensors, upstream: Any) -> Tensor:
         images = paint(gan.generator, upstream["generator"] | upstream["hparams"], batch.masks, classes)
         if as_coded:
-            images = released_postprocessing(images, stream(batch.seed, "postprocessing"), _kind(images)).to(images)
+            images = released_postprocessing(images, stream(batch.seed, "postprocessing"), "isic").to(images)
         real = segmentation_loss(stateless(segmenter.train(), weights, batch.images), batch.labels, loss)
         return real + gamma * segmentation_loss(stateless(segmenter, weights, images), batch.masks, loss)
 
@@ -304,7 +306,9 @@ def train_jointly(
             gradient of the generator's own loss on validation pairs, of first order. "none": nothing. "as-coded": as
             in the released ISIC script, nothing moves the architecture, and the segmenter takes two steps along its
             loss on validation images: one of Betty 0.2.0's that was meant to be undone, of length 0.01, and one of
-            Adam at the rate of the architecture.
+            Adam at the rate of the architecture. (Left out: that optimiser's weight decay of 1e-5, and Betty's scaling
+            of the first step by Adam's second moments. At the script's own rate for the segmenter, 1e-5, a step of
+            0.01 weighs more than at a larger one.)
         hyper: says of each of the generator's parameters by name whether it is a hyperparameter. Other architecture
             parameters stay as they are, other weights train.
         watch: called after each step with the number of steps done, all networks holding their current parameters.
@@ -433,7 +437,3 @@ def to(tree: Any, device: torch.device) -> Any:
 
 def _detached(params: Tensors) -> Tensors:
     return {name: p.detach() for name, p in params.items()}
-
-
-def _kind(images: Tensor) -> Literal["isic", "jsrt"]:
-    return "isic" if images.shape[1] == 3 else "jsrt"

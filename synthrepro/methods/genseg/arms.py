@@ -2,9 +2,8 @@
 
 All arms of a seed share the labelled images, the first weights of the segmenter and its real batches, and the
 segmenter takes as many steps. An arm that generates sees as many generated pairs in addition, as in the paper, which
-costs it more: `seconds` in a record's provenance says how much more. Of n labelled images a fifth is for validation,
-in every arm: to choose the segmenter's best state, and in GenSeg to drive the architecture; only the arm
-"train-validation" trains on all n, and takes its last state.
+costs it more. Of n labelled images a fifth is for validation, in every arm: to choose the segmenter's best state, and
+in GenSeg to drive the architecture; only the arm "train-validation" trains on all n, and takes its last state.
 """
 
 import math
@@ -193,7 +192,8 @@ class Keeper:
 
 def refresh(network: nn.Module, pool: Pool) -> None:
     """Take BatchNorm's running statistics, where there are any, from the training images: hypergradients touch none."""
-    torch.optim.swa_utils.update_bn(pool.images.split(16), network)
+    with repeatable(pool.seed):  # DeepLabV3 has dropout
+        torch.optim.swa_utils.update_bn(pool.images.split(16), network)
 
 
 def copied(network: nn.Module) -> dict[str, Tensor]:
@@ -246,24 +246,19 @@ def train_gan(spec: dict[str, Any], folder: Path, context: Context) -> None:
     torch.save(states, folder / "gan.pt")
 
 
-def pretrained(spec: dict[str, Any], arm: Arm, task: Task, config: "ArmSettings", context: Context) -> Gan:
-    """The GAN that an arm starts from. Arms that differ only in what comes later share it."""
-    wanted = {name: spec[name] for name in ("task", "labels", "seed", "data")}
-    wanted |= {"options": config.options.get(spec["task"], {})}
-    wanted |= {"kernels": list(arm.kernels), "architecture": arm.architecture}
-    wanted |= {"config": config.model_dump(mode="json", include=set(GanSettings.model_fields))}
-    saved = torch.load(context.artefact("gan", wanted) / "gan.pt", map_location=context.device, weights_only=True)
-    found = gan_for(task, arm, config, spec["seed"], context.device)
-    found.generator.load_state_dict(saved["generator"])
-    found.discriminator.load_state_dict(saved["discriminator"])
-    return found
+def gan_spec(task: str, labels: int, seed: int, arm: Arm, config: "ArmSettings", data: str) -> dict[str, Any]:
+    """What the GAN depends on that an arm starts from. Arms that differ only in what comes later share it."""
+    found: dict[str, Any] = {"task": task, "options": config.options.get(task, {}), "labels": labels, "seed": seed}
+    found |= {"kernels": list(arm.kernels), "architecture": arm.architecture, "data": data}
+    return found | {"config": config.model_dump(mode="json", include=set(GanSettings.model_fields))}
 
 
 def train_arm(spec: dict[str, Any], folder: Path, context: Context) -> None:
     """Artefact `arm`: a segmenter trained as the arm says.
 
     Args:
-        spec: method, task, labels (n), seed, segmenter, config (:class:`ArmSettings`), data (hash of the samples).
+        spec: method, task, labels (n), seed, segmenter, config (:class:`ArmSettings`), data (hash of the samples), gan
+            (address of the GAN it starts from, so that another GAN makes another arm).
         folder: Gets ``arm.pt``: the segmenter at its best validation score, the generator of an arm that has one, and
             what was noted on the way.
     """
@@ -276,7 +271,11 @@ def train_arm(spec: dict[str, Any], folder: Path, context: Context) -> None:
     keeper = Keeper(network, pool, config, context)
     saved: dict[str, Any] = {"noted": {"moved": 0.0}}
     if arm.images in ("separate", "joint"):
-        gan = pretrained(spec, arm, task, config, context)
+        gan = gan_for(task, arm, config, seed, device)
+        wanted = gan_spec(spec["task"], spec["labels"], seed, arm, config, spec["data"])
+        before = torch.load(context.artefact("gan", wanted) / "gan.pt", map_location=device, weights_only=True)
+        gan.generator.load_state_dict(before["generator"])
+        gan.discriminator.load_state_dict(before["discriminator"])
         if arm.images == "joint":
             saved["noted"] = joint(arm, gan, network, pool, config, context, keeper)
         else:
@@ -298,6 +297,8 @@ def joint(
     if arm.released_rates:
         rates = {"generator_lr": config.released_generator_lr, "architecture_lr": config.released_architecture_lr}
         config = config.model_copy(update=rates)
+    if arm.hyper == "last convolution":  # weights move at the rate of weights
+        config = config.model_copy(update={"architecture_lr": config.generator_lr})
     names: set[str] = set()
     if arm.drive in ("validation", "gan"):
         names = set(pix2pix.architecture(gan.generator))
@@ -309,7 +310,7 @@ def joint(
     )
     noted: dict[str, Any] = {"moved": 0.0}
     for name, p in pix2pix.architecture(gan.generator).items():
-        noted["moved"] = max(noted["moved"], float((p.softmax(1) - before[name].softmax(1)).abs().max()))
+        noted["moved"] = max(noted["moved"], float((p.detach().softmax(1) - before[name].softmax(1)).abs().max()))
         noted[f"mixture {name.removesuffix('_architecture')}"] = p.detach().softmax(1).flatten().tolist()
     for name, norms in pix2pix.kernel_norms(gan.generator).items():
         noted[f"norms {name}"] = norms.flatten().tolist()
@@ -395,11 +396,13 @@ def train_segmenter(
     for i in context.progress(range(start, config.steps), "segmenter"):
         network.train()
         x, y = pool.real(i) if arm.augmentation is None else pool.augmented(i, arm.augmentation)
+        painted_pairs = None if synthetic is None else synthetic(i)
         optimiser.zero_grad()
-        loss = segmentation_loss(network(x), y, config.loss)
-        if synthetic is not None:
-            x, y = synthetic(i)
-            loss = loss + config.gamma * segmentation_loss(network(x), y, config.loss)
+        with repeatable(draw(pool.seed, f"segmenter {i}")):
+            loss = segmentation_loss(network(x), y, config.loss)
+            if painted_pairs is not None:
+                x, y = painted_pairs
+                loss = loss + config.gamma * segmentation_loss(network(x), y, config.loss)
         loss.backward()
         optimiser.step()
         keeper(i + 1)
@@ -420,6 +423,10 @@ def trained(cell: Cell, config: ArmSettings, context: Context) -> tuple[Task, di
         "config": only(config, cell),
         "data": context.data_hashes[cell.task],
     }
+    if (arm := ARMS[cell.method]).images in ("separate", "joint"):
+        data = context.data_hashes[cell.task]
+        wanted = gan_spec(cell.task, int(cell.setting["labels"]), cell.seed, arm, config, data)
+        spec["gan"] = context.artefact("gan", wanted).name
     return task, torch.load(context.artefact("arm", spec) / "arm.pt", map_location=context.device, weights_only=True)
 
 

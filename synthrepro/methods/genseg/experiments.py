@@ -201,10 +201,9 @@ def generated_run(cell: Cell, config: Generated, context: Context) -> Result:
     look(0)
     pretrain(gan, pool.first, pool.classes, config, seed, context, every(config.pretrain_steps, 0))
     names = set(pix2pix.architecture(gan.generator)) if arm.drive == "validation" else set()
-    train_jointly(
-        gan, network, pool.joint, pool.classes, config, arm.drive, names.__contains__, context,
-        every(config.steps, config.pretrain_steps),
-    )  # fmt: skip
+    if arm.images == "joint":
+        later = every(config.steps, config.pretrain_steps)
+        train_jointly(gan, network, pool.joint, pool.classes, config, arm.drive, names.__contains__, context, later)
     real = float(jaccard(segment(judge, images).cpu(), test.labels, pool.classes).nanmean())
     final = {name: values[-1] for name, values in trail.items() if name != "step"}
     return Result(final | {"faithful_real": real} | {f"trail {name}": values for name, values in trail.items()})
