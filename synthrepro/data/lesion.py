@@ -33,17 +33,17 @@ from synthrepro.data.task import Card, Split, Task
 FAMILY = "embedded"
 CLASSES = ("background", "lesion")
 LOOKS = {"dermoscopy": (3, dermoscopy, tuple(SKINS)), "ultrasound": (1, ultrasound, tuple(PROBES))}
-CHUNK = 2**17  # pixels drawn at once
+CHUNK, PIXELS = 32, 2**17  # at most so many subjects and pixels are drawn at once
 
 # The outline; lengths in sides of the image. Ranges are of uniform draws.
-AREA = (0.14, 0.40)  # share of the image, log-uniform
-CENTRE, ASPECT = (0.36, 0.64), (0.6, 1.0)
+AREA = (0.16, 0.38)  # share of the image, log-uniform
+CENTRE, ASPECT = (0.28, 0.72), (0.6, 1.0)
 ANGLES = 512  # entries of the table of radii
 ORDERS, WAVES = (2, 9), 0.12  # of the Fourier series: first and last order, standard deviation of the first's terms
 # number, range of the log-radius' change, range of the width in radians
 NOTCHES, STREAKS = (3, (-0.5, 0.0), (0.15, 0.35)), (6, (0.0, 0.25), (0.07, 0.16))
 WARP = ((0.3, 0.03), (0.08, 0.01))  # (spacing of the knots, standard deviation)
-FADE, FADE_CHANGE = (-5.2, -4.2), 0.6  # logarithm of the border's width: its mean, and amplitude along the outline
+FADE, FADE_CHANGE = (-5.4, -4.4), 0.6  # logarithm of the border's width: its mean, and amplitude along the outline
 
 
 def files(folder: Path) -> list[Path]:
@@ -144,7 +144,7 @@ def load(options: Options, folder: Path) -> Task:
     def build(prefix: str, count: int, shown: Sequence[str]) -> list[Split]:
         labels: list[Tensor] = []
         images: dict[str, list[Tensor]] = {style: [] for style in shown}
-        step = max(1, CHUNK // (height * width))
+        step = min(CHUNK, max(1, PIXELS // (height * width)))
         # Chunks are always full: how many go at once changes the last digits of torch's sums.
         everybody = [f"{prefix}-{i:04d}" for i in range(-(-count // step) * step)]
         for some in (everybody[start : start + step] for start in range(0, count, step)):

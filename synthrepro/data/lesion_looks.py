@@ -188,29 +188,31 @@ class Skin:
         melanin, haemoglobin: of the skin between spots, in units of density.
         hairs: how many.
         ticks: how much a ruler's ticks darken. vignette: loss of light towards the corners.
-        cast: gain of red, green and blue. gamma: exponent of the camera. noise: standard deviation.
+        exposure: gain of all colours. cast: of red, green and blue. gamma: exponent. noise: standard deviation.
     """
 
-    melanin: Range = (0.2, 0.5)
+    melanin: Range = (0.1, 0.9)
     haemoglobin: Range = (0.10, 0.40)
     hairs: Range = (-6.0, 8.0)
     ticks: Range = (0.0, 0.0)
     vignette: Range = (0.0, 0.25)
-    cast: tuple[Range, Range, Range] = ((0.80, 1.05), (0.80, 1.05), (0.80, 1.05))
+    exposure: Range = (0.65, 1.15)
+    cast: tuple[Range, Range, Range] = ((0.85, 1.05), (0.85, 1.05), (0.85, 1.05))
     gamma: Range = (0.9, 1.1)
-    noise: Range = (0.01, 0.03)
+    noise: Range = (0.005, 0.02)
 
 
 SKINS = {
     "standard": Skin(),
     "camera": Skin(
         ticks=(0.3, 0.8),
-        vignette=(0.7, 1.0),
+        exposure=(1.1, 1.8),
+        vignette=(0.6, 0.9),
         cast=((0.65, 0.80), (0.80, 0.95), (1.05, 1.25)),
         gamma=(1.4, 2.0),
         noise=(0.03, 0.06),
     ),
-    "skin": Skin(melanin=(0.9, 1.5), haemoglobin=(0.05, 0.25), hairs=(6.0, 16.0)),
+    "skin": Skin(melanin=(1.2, 1.7), haemoglobin=(0.05, 0.25), hairs=(6.0, 16.0), exposure=(0.9, 1.6)),
 }
 
 
@@ -244,7 +246,7 @@ def dermoscopy(lesion: Lesion, grid: Grid, scene: Draws, imaging: Draws, style: 
     melanin = pick(brown) * variegation * texture.clamp_min(0.1) * lesion.inside
     haemoglobin = pick(blood) * (1 + 0.3 * coarse[:, 1]) * lesion.inside
     # The skin is mottled, with smooth spots, freckles, bruises and vessels.
-    melanin = melanin + ovals(grid, scene, 4, (-1.0, 4.0), (0.05, 0.16), (0.3, 0.9), (0.02, 0.05))
+    melanin = melanin + ovals(grid, scene, 4, (-1.0, 4.0), (0.05, 0.18), (0.3, 1.1), (0.02, 0.05))
     haemoglobin = haemoglobin + ovals(grid, scene, 2, (-0.5, 2.0), (0.1, 0.3), (0.3, 1.3), (0.03, 0.08))
     melanin = melanin + 0.5 * (grid.field(scene, 0.05)[:, 0] - pick(scene.uniform((1.4, 3.2)))).clamp_min(0)
     paths, where = grid.field(scene, 0.18)[:, 0], grid.field(scene, 0.3)[:, 0]
@@ -266,9 +268,9 @@ def dermoscopy(lesion: Lesion, grid: Grid, scene: Draws, imaging: Draws, style: 
     beyond = (pick(turn.cos()) * x + pick(turn.sin()) * y - pick(side)) / 0.05
     light = light * (1 - pick(imaging.uniform((0.0, 0.5))) * beyond.sigmoid())
     ticks = ((36 * torch.pi * x).cos() > 0.8) & ((y - 0.44).abs() < 0.03)
-    light = light * (1 - pick(imaging.uniform(skin.ticks)) * ticks)
+    light = light * (1 - pick(imaging.uniform(skin.ticks)) * ticks) * pick(imaging.uniform(skin.exposure))
     cast = torch.stack([imaging.uniform(bounds) for bounds in skin.cast], 1)  # (B, 3)
-    image = (light.clamp_min(0.05)[:, None] * (-density).exp()) ** pick(imaging.uniform(skin.gamma, 1)) * pick(cast)
+    image = (light.clamp_min(0.03)[:, None] * (-density).exp()) ** pick(imaging.uniform(skin.gamma, 1)) * pick(cast)
     return finish(image, imaging, skin.noise)
 
 
@@ -289,9 +291,9 @@ class Probe:
     speckle: Range = (0.014, 0.026)
     attenuation: Range = (0.3, 1.0)
     shadows: Range = (0.0, 0.5)
-    gland: Range = (0.2, 0.7)
+    gland: Range = (0.1, 0.6)
     lobules: Range = (-1.0, 3.0)
-    gain: Range = (0.5, 0.65)
+    gain: Range = (0.4, 0.7)
     dynamic: Range = (4.0, 5.0)
     noise: Range = (0.01, 0.03)
 
@@ -329,7 +331,7 @@ def ultrasound(lesion: Lesion, grid: Grid, scene: Draws, imaging: Draws, style: 
     level = level + 0.35 * grid.field(scene, (0.025, 0.5))[:, 0] * (gland + 0.5 * (skin - fat))
     # The lesion is darker than what is around it or, less often, brighter, and may have a bright rim.
     kind, change = scene.uniform((0.0, 1.0)), scene.uniform((1.6, 2.6))
-    change = torch.where(kind < 0.3, 0.75 * change, -change)
+    change = torch.where(kind < 0.35, 0.75 * change, -change)
     variegation = (1 + 0.25 * coarse[:, 1] + 0.2 * middle[:, 1]).clamp_min(0.45)
     level = level + pick(change) * variegation * lesion.inside
     level = level + pick(scene.uniform((-0.3, 0.6))) * bump(lesion.distance + 0.015, 0.015)

