@@ -1,0 +1,116 @@
+"""What the chapter says in words is so: about the method always, about its tables as soon as there are records."""
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from synthrepro.data import load_task
+from synthrepro.evidence import Record, load_profile, records
+from synthrepro.evidence.claims import load_claims
+from synthrepro.evidence.scores import current
+from synthrepro.evidence.tables import tables
+from synthrepro.methods import genseg
+from synthrepro.models import pix2pix, unet
+
+PROFILES = ("smoke", "cpu")
+
+
+@cache
+def evidence(experiment: str) -> list[Record]:
+    """The records of the strongest profile there is, smoke aside, as the chapter takes them."""
+    found = records("genseg", experiment)
+    kept = next((hit for p in ("paper", "gpu", "cpu") if (hit := [r for r in found if r.profile == p])), [])
+    if not kept:
+        pytest.skip(f"no records of {experiment} yet")
+    return current(kept)
+
+
+@cache
+def means(experiment: str, id: str) -> dict[tuple[str, ...], dict[str, float]]:
+    """The fields of a table's rows, in their order -> column -> mean over seeds."""
+    evidence(experiment)
+    (table,) = (table for table in tables("genseg", experiment) if table.id == id)
+    return {
+        tuple(row.fields.values()): {
+            column.label: value.mean
+            for column, value in zip(table.columns, row.values, strict=True)
+            if value.mean is not None
+        }
+        for row in table.rows
+        if row.seeds
+    }
+
+
+def configurations(profile: str) -> dict[str, Any]:
+    return dict(load_profile("genseg", profile))
+
+
+# ----- the method
+
+
+def test_sixteen_arms() -> None:
+    assert len(genseg.ARMS) == 16
+
+
+def test_two_claims_are_our_own() -> None:
+    assert sum("The claim is ours" in (claim.why or "") for claim in load_claims("genseg").claims) == 2
+
+
+def test_forty_labels_are_thirty_two_to_train_on_and_eight_to_validate() -> None:
+    task = load_task("lesion", size=(16, 16), subjects=(40, 1, 1))
+    pool = genseg.Pool(task, 40, 4, 0, torch.device("cpu"))
+    assert (len(pool.labels), len(pool.validation[1])) == (32, 8)
+
+
+def test_mixtures_are_of_four_six_and_eight_pixels() -> None:
+    assert pix2pix.KERNELS == (4, 6, 8)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_the_settings_that_the_chapter_speaks_of(profile: str) -> None:
+    for name, config in configurations(profile).items():
+        assert config.released_architecture_lr == config.released_generator_lr == 1e-6, name
+        assert config.architecture_lr > 1000 * config.released_architecture_lr, name
+        assert (config.l1_weight, config.loss, config.estimator) == (100, "jaccard", "exact"), name
+        assert config.search == "up", name
+        assert config.every > 1, name
+    assert configurations("cpu")["main"].size == (64, 64)
+
+
+def test_the_unet_is_smooth_and_the_gan_is_not() -> None:
+    kinked = nn.ReLU | nn.LeakyReLU | nn.PReLU
+    assert not any(isinstance(part, kinked) for part in unet(3, 2).modules())
+    assert any(isinstance(part, kinked) for part in pix2pix.PatchDiscriminator(4).modules())
+
+
+def test_ten_thousand_steps_of_a_millionth_move_no_share_by_half_a_point() -> None:
+    far = 10_000 * configurations("cpu")["main"].released_architecture_lr
+    assert abs(float(torch.tensor([far, -far, -far]).softmax(0)[0]) - 1 / 3) < 0.005
+
+
+# ----- its tables
+
+
+def test_the_mixture_moves_far_at_our_rates_hardly_at_the_released_ones_and_not_as_coded() -> None:
+    moved = {method: row["mixture moved by"] for (_, method), row in means("end_to_end", "end_to_end").items()}
+    for method in ("as-coded", "fixed-mixture", "separate"):
+        assert moved.get(method, 0) == 0
+    assert moved.get("genseg-released", 0) < 0.001 < 0.05 < moved["genseg"]
+
+
+def test_by_norm_the_largest_kernel_has_more_than_its_share_and_the_smallest_less() -> None:
+    for method in ("genseg", "fixed-mixture"):
+        found = [r for r in evidence("search") if (r.cell.method, r.cell.setting["search"]) == (method, "up")]
+        if not found:
+            continue
+        mixture, norms = (
+            np.mean([np.reshape(r.metrics[name], (-1, 3)) for r in found], axis=0)
+            for name in ("mixture up", "norms up_mixed")
+        )
+        shares = norms / norms.sum(1, keepdims=True)
+        assert (shares[:, 2] > mixture[:, 2]).all()
+        assert (shares[:, 0] < mixture[:, 0]).all()
