@@ -176,7 +176,7 @@ def test_a_step_with_a_hypergradient_steps_the_networks_as_a_plain_one(as_coded:
 
 @pytest.mark.usefixtures("double")
 def test_finite_differences_agree_at_a_tiny_radius_alone() -> None:
-    """ReLU and 100 x L1 have kinks everywhere near: what Betty's estimator does at its radius is no derivative here."""
+    """The generator's loss has kinks everywhere near (ReLU, 100 x L1): at a usual radius, no derivative of its step."""
     case = Case("adam")
     exact = torch.cat([d.flatten() for d in case.step(case.hparams).hypergradient.values()])
     levels = genseg.genseg_levels(*case.below(), batch(), CLASSES, case.settings)
