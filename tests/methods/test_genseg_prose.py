@@ -181,3 +181,19 @@ def test_the_kernels_have_not_absorbed_the_mixture_and_seeds_do_not_agree() -> N
 @pytest.mark.parametrize("experiment", ["gamma", "generated"])
 def test_what_is_not_measured_yet_is_said_to_be_so(experiment: str) -> None:
     assert not records("genseg", experiment)
+
+
+def test_forty_labels_with_genseg_are_worth_about_forty_without() -> None:
+    found = means("label_efficiency", "label_efficiency") | {
+        ("genseg", *labels): row for labels, row in means("label_efficiency", "label_efficiency_genseg").items()
+    }
+
+    def at(arm: str, labels: int, column: str = "in domain") -> float:
+        return next(row[column] for key, row in found.items() if key == (arm, str(labels)) or key == (arm, labels))
+
+    assert abs(at("genseg", 40) - at("real", 40)) < 0.02
+    assert at("genseg", 40) < at("real", 80) - 0.03
+    assert at("real", 320) > at("real", 40) + 0.1  # steep
+    for column in ("another camera", "other skin"):
+        assert at("genseg", 40, column) < at("real", 40, column)
+    assert not any(key[0] == "all" or tuple(map(str, key)) == ("genseg", "80") for key in found)
