@@ -37,11 +37,13 @@ class Options(pairs.Options):
         size: rows (from above) and columns (from the front), pixels of 1 mm; volumes have about 36 x 50.
         subjects: how many volumes train, validate and test; in GenSeg's layout those that test come from val/.
         slices: sagittal slices a volume, spread evenly over those in which both parts appear.
+        unlabelled: whether there is a split "unlabelled" too.
     """
 
     size: tuple[PositiveInt, PositiveInt] = (48, 64)
     subjects: tuple[PositiveInt, NonNegativeInt, PositiveInt] = (200, 8, 52)
     slices: PositiveInt = 4
+    unlabelled: bool = False
 
 
 def files(folder: Path) -> list[Path]:
@@ -61,7 +63,10 @@ def check(folder: Path) -> None:
 
 
 def load(options: Options, folder: Path) -> Task:
-    """Build the task: "train", "validation" (may be empty) and "test".
+    """Build the task: "train", "validation" (may be empty), "test" and, if asked for, "unlabelled".
+
+    "unlabelled" has every sagittal slice of the volumes that train, also those with one part of the hippocampus or
+    none, and -1 for every label. Nothing of the volumes that validate or test is in it.
 
     Raises:
         UserError: see `pairs_of`, `pairs.divide` and `slices_of`.
@@ -75,6 +80,10 @@ def load(options: Options, folder: Path) -> Task:
     for found, counts in rounds:
         drawn |= pairs.divide("hippocampus", found, counts, options.seed, lambda pair: slices_of(pair, options))
     splits = {name: pairs.stack(drawn[name], options.size, 1) for name in ("train", "validation", "test")}
+    if options.unlabelled:
+        of = {pair.subject: pair for pair in first}
+        pool = [sample for name in splits["train"].individuals for sample in unlabelled_slices(of[name], options.size)]
+        splits["unlabelled"] = pairs.stack(pool, options.size, 1)
     return Task("hippocampus", CLASSES, 1, splits, CARD)
 
 
@@ -113,22 +122,45 @@ def slices_of(pair: Pair, options: Options) -> list[Sample]:
     Raises:
         UserError: the volume has fewer such slices than asked for, or one value only; see `volumes.read_pair`.
     """
-    image, labels = read_pair(pair.image, pair.masks[0], TABLE)
-    planes = [np.moveaxis(volume.planes[::-1], 2, 0) for volume in (image, labels)]  # (C, Z, R) each
-    low, high = np.percentile(planes[0], RANGE)
-    if not high > low:
-        raise UserError(f"{pair.image} has almost the same value everywhere, so it shows nothing: {ADVICE}.")
-    both = np.flatnonzero((planes[1] == 1).any((1, 2)) & (planes[1] == 2).any((1, 2)))
+    values, classes = read_planes(pair)
+    both = np.flatnonzero((classes == 1).any((1, 2)) & (classes == 2).any((1, 2)))
     if len(both) < options.slices:
         raise UserError(
             f"{pair.masks[0]} has {len(both)} sagittal slices with both parts of the hippocampus, but {options.slices} "
             "are asked for: ask for fewer, by the option 'slices'."
         )
     at = both[((np.arange(options.slices) + 0.5) / options.slices * len(both)).astype(int)]
-    scaled = ((planes[0][at] - low) / (high - low)).clip(0, 1)
-    pictures = fit(torch.from_numpy(scaled.astype(np.float32)), options.size)
-    maps = fit(torch.from_numpy(planes[1][at].astype(np.int64)), options.size)
+    pictures = fit(torch.from_numpy(values[at]), options.size)
+    maps = fit(torch.from_numpy(classes[at].astype(np.int64)), options.size)
     return [Sample(picture[None], map_, pair.subject) for picture, map_ in zip(pictures, maps, strict=True)]
+
+
+def unlabelled_slices(pair: Pair, size: tuple[int, int]) -> list[Sample]:
+    """All sagittal slices of a volume, as those of `slices_of` but with -1 for every label.
+
+    Raises:
+        UserError: the volume has one value only; see `volumes.read_pair`.
+    """
+    nothing = torch.full(size, -1)
+    pictures = fit(torch.from_numpy(read_planes(pair)[0]), size)
+    return [Sample(picture[None], nothing, pair.subject) for picture in pictures]
+
+
+def read_planes(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
+    """Sagittal planes (C, Z, R) of a volume, rows from above, columns from the front: values and classes.
+
+    Returns:
+        float32 in [0, 1], from the volume's 0.5th to its 99.5th percentile; uint8.
+
+    Raises:
+        UserError: the volume has one value only; see `volumes.read_pair`.
+    """
+    image, labels = read_pair(pair.image, pair.masks[0], TABLE)
+    values, classes = (np.moveaxis(volume.planes[::-1], 2, 0) for volume in (image, labels))
+    low, high = np.percentile(values, RANGE)
+    if not high > low:
+        raise UserError(f"{pair.image} has almost the same value everywhere, so it shows nothing: {ADVICE}.")
+    return ((values - low) / (high - low)).clip(0, 1).astype(np.float32), classes
 
 
 def fit(planes: Tensor, size: tuple[int, int]) -> Tensor:
@@ -147,7 +179,8 @@ CARD = Card(
     ),
     splits=(
         "By volume. In the layout of GenSeg's repository its train/ trains and validates and its val/ is 'test', as "
-        "there; in the Decathlon's layout, where only volumes for training have labels, all parts are drawn from these."
+        "there; in the Decathlon's layout, where only volumes for training have labels, all parts are drawn from "
+        "these. 'unlabelled', if asked for, has every sagittal slice of the volumes that train."
     ),
     doubt=(
         "The challenge has 394 volumes of 195 people and does not say whose they are, so the two hippocampi of a "

@@ -248,11 +248,19 @@ class Segmenter(nn.Module):
 
     def decode(self, encoded: Sequence[Tensor]) -> Tensor:
         """Logits from what :meth:`encode` gave."""
-        outputs = list(decode(self.unet, encoded, embed(self.unet, self.step)))
+        return self.head(self.features(encoded))
+
+    def features(self, encoded: Sequence[Tensor]) -> Tensor:
+        """What the head sees, (B, channels, H, W), from what :meth:`encode` gave."""
+        *skips, hidden = encoded
+        if torch.is_grad_enabled() and not hidden.requires_grad:
+            # torch 2.12 crashes on a CPU where a GroupNorm's weights want a gradient and its input does not
+            hidden = hidden.detach().requires_grad_()
+        outputs = list(decode(self.unet, (*skips, hidden), embed(self.unet, self.step)))
         seen = [outputs[-1]]
         for i in self.layers:
             seen.append(F.interpolate(outputs[i], outputs[-1].shape[-2:], mode="bilinear"))
-        return self.head(torch.cat(seen, dim=1))
+        return torch.cat(seen, dim=1)
 
 
 def freeze(segmenter: Segmenter, strategy: str) -> None:

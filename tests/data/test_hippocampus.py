@@ -92,6 +92,23 @@ def test_slices_lie_where_both_parts_are(genseg: Path):
         hippocampus.slices_of(pair, Options(slices=6))
 
 
+@pytest.mark.parametrize("layout", ["genseg", "decathlon"])
+def test_the_unlabelled_are_all_slices_of_the_volumes_that_train(layout: str, request: pytest.FixtureRequest):
+    folder = request.getfixturevalue(layout)
+    without, splits = (hippocampus.load(Options(**SMALL, unlabelled=flag), folder).splits for flag in (False, True))
+    pool, train = splits["unlabelled"], splits["train"]
+    assert [*without] == ["train", "validation", "test"]
+    assert all(torch.equal(without[name].images, splits[name].images) for name in without)
+    assert pool.individuals == train.individuals, "nobody who validates or tests"
+    assert pool.images.shape == (3 * 12, 1, 24, 32), "12 from left to right, of which 5 have both parts"
+    assert pool.images.dtype == torch.float32
+    assert pool.labels.shape == (3 * 12, 24, 32)
+    assert pool.labels.dtype == torch.int64
+    assert (pool.labels == -1).all()
+    for image, subject in zip(train.images, train.subjects, strict=True):
+        assert any(torch.equal(image, other) for other in pool.take([subject]).images), "on the same scale"
+
+
 def test_planes_are_cut_or_padded_around_the_middle():
     plane = torch.arange(12.0).view(1, 3, 4)
     assert torch.equal(fit(plane, (3, 4)), plane)
