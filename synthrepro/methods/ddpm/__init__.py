@@ -36,7 +36,14 @@ from synthrepro.methods.ddpm.experiments import (
     task_of_unlabelled,
     train_extractor,
 )
-from synthrepro.methods.ddpm.finetuning import labelled_slices, rows_of, segmentation_loss, train, volume_scores
+from synthrepro.methods.ddpm.finetuning import (
+    labelled_slices,
+    rows_of,
+    segmentation_loss,
+    train,
+    volume_dice,
+    volume_scores,
+)
 from synthrepro.methods.ddpm.pretraining import (
     PretrainSettings,
     UNetSettings,
@@ -87,6 +94,7 @@ __all__ = [
     "trivial",
     "unet_for",
     "unet_of",
+    "volume_dice",
     "volume_scores",
 ]
 
@@ -117,7 +125,7 @@ EXPERIMENTS = {
         Generation,
         generation_cells,
         generation_run,
-        lambda cell, config: config.pretrain.steps,
+        lambda cell, config: config.pretrain[cell.task].steps,
         {"ddpm": train_ddpm, "extractor": train_extractor},
     )
 }

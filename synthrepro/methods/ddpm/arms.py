@@ -12,10 +12,16 @@ from torch import Tensor, nn
 from synthrepro.data import Task, load_task
 from synthrepro.evidence import Cell, Config, Context, Result
 from synthrepro.methods.ddpm.ddpm_seg import DdpmSegSettings, ddpm_seg
-from synthrepro.methods.ddpm.finetuning import labelled_slices, rows_of, segmentation_loss, train, volume_scores
+from synthrepro.methods.ddpm.finetuning import (
+    labelled_slices,
+    rows_of,
+    segmentation_loss,
+    train,
+    volume_dice,
+    volume_scores,
+)
 from synthrepro.methods.ddpm.nnunet import nnunet
-from synthrepro.methods.ddpm.pretraining import Objective, PretrainSettings, unet_of
-from synthrepro.metrics import dice
+from synthrepro.methods.ddpm.pretraining import Objective, PretrainSettings, UNetSettings, unet_of
 from synthrepro.models.baselines import baseline
 from synthrepro.models.diffusion_unet import Segmenter, freeze, load_unet, without_steps
 from synthrepro.synthesis.mask_augmentation import PairedAugmentation
@@ -88,14 +94,16 @@ class DdpmSettings(Config):
         size: rows and columns of the images.
         options: of each task, beside its size.
         unlabelled: options of each task that give it its split "unlabelled".
-        pretrain: how the UNets are pre-trained.
+        unet: shape of the UNets.
+        pretrain: task -> how UNets are pre-trained on it.
         pretrainings: UNets of each kind; seed s starts from the one of seed s mod this.
     """
 
     size: tuple[int, int]
     options: dict[str, dict[str, Any]]
     unlabelled: dict[str, dict[str, Any]]
-    pretrain: PretrainSettings
+    unet: UNetSettings
+    pretrain: dict[str, PretrainSettings]
     pretrainings: int
 
 
@@ -104,7 +112,7 @@ class ArmSettings(DdpmSettings):
 
     Attributes:
         sizes: S, M and L.
-        transfer: channels -> iteration whose checkpoint is fine-tuned.
+        transfer: channels -> iteration whose checkpoint is fine-tuned, null for the last.
         layers: output blocks that a head on several layers sees besides the last.
         steps: ratio -> iterations of a training.
         batch: slices an iteration.
@@ -124,7 +132,7 @@ class ArmSettings(DdpmSettings):
     """
 
     sizes: dict[str, Size]
-    transfer: dict[int, int]
+    transfer: dict[int, int | None]
     layers: tuple[int, ...]
     steps: dict[str, int]
     batch: int
@@ -149,9 +157,9 @@ def ddpm_spec(
 ) -> dict[str, Any]:
     """What a pre-trained UNet depends on; see :func:`~synthrepro.methods.ddpm.pretraining.train_ddpm`."""
     options = {"size": list(config.size)} | config.options.get(task, {}) | config.unlabelled[task]
-    dump = config.pretrain.model_dump(mode="json")
     found = {"task": task, "options": options, "channels": channels, "objective": objective, "data": data}
-    return found | {"seed": seed % config.pretrainings, "config": dump}
+    found |= {"unet": config.unet.model_dump(mode="json"), "config": config.pretrain[task].model_dump(mode="json")}
+    return found | {"seed": seed % config.pretrainings}
 
 
 def pretrained(arm: Arm, spec: dict[str, Any], config: ArmSettings, context: Context) -> Path:
@@ -159,7 +167,8 @@ def pretrained(arm: Arm, spec: dict[str, Any], config: ArmSettings, context: Con
     assert arm.start is not None
     channels = config.sizes[spec["size"]].channels
     wanted = ddpm_spec(spec["task"], channels, arm.start, spec["seeds"]["start"], config, spec["data"])
-    return context.artefact("ddpm", wanted) / f"step-{config.transfer[channels]}"
+    last = config.pretrain[spec["task"]].steps
+    return context.artefact("ddpm", wanted) / f"step-{config.transfer[channels] or last}"
 
 
 def task_of(name: str, config: DdpmSettings) -> Task:
@@ -170,7 +179,7 @@ def task_of(name: str, config: DdpmSettings) -> Task:
 def unet_for(arm: Arm, spec: dict[str, Any], config: ArmSettings, context: Context) -> Any:
     """The UNet that an arm starts from, on the CPU."""
     channels = config.sizes[spec["size"]].channels
-    fresh = unet_of(config.size, channels, config.pretrain.unet, spec["seeds"]["start"])
+    fresh = unet_of(config.size, channels, config.unet, spec["seeds"]["start"])
     if arm.start is not None:
         return load_unet(pretrained(arm, spec, config, context), fresh)
     return without_steps(fresh) if arm.plain else fresh
@@ -346,11 +355,16 @@ def only(config: ArmSettings, cell: Cell) -> dict[str, Any]:
     """The configuration as JSON, without what other tasks, sizes, ratios and arms are given."""
     dump = config.model_dump(mode="json", include=set(ArmSettings.model_fields))
     size = str(cell.setting["size"])
-    wanted = {"options": cell.task, "unlabelled": cell.task, "spacing": cell.task, "sizes": size}
-    wanted |= {"steps": cell.setting["ratio"], "nnunet_cases": cell.setting["ratio"]}
+    wanted: dict[str, Any] = {
+        "options": cell.task,
+        "unlabelled": cell.task,
+        "spacing": cell.task,
+        "pretrain": cell.task,
+    }
+    wanted |= {"sizes": size, "steps": cell.setting["ratio"], "nnunet_cases": cell.setting["ratio"]}
     wanted |= {"baselines": ARMS[cell.method].network, "transfer": config.sizes[size].channels}
     for name, key in wanted.items():
-        dump[name] = {k: value for k, value in dump[name].items() if k == key}
+        dump[name] = {k: value for k, value in dump[name].items() if str(k) == str(key)}
     return dump
 
 
@@ -361,8 +375,8 @@ def scored(cell: Cell, config: ArmSettings, context: Context) -> Result:
     cases = volume_scores(found["test"].long(), task.splits["test"], "test", *arguments)
     metrics: dict[str, Any] = {"trained": found["trained"], "dice_validation": float("nan")}
     if "validation" in found:
-        split = task.splits["validation"]
-        metrics["dice_validation"] = mean(volume_scores(found["validation"].long(), split, "", *arguments), "dice")
+        volumes = volume_dice(found["validation"].long(), task.splits["validation"], len(task.classes))
+        metrics["dice_validation"] = float(volumes.nanmean(1).nanmean())
     for score in [name for name in cases[0] if name not in ("subject", "split")]:
         metrics[score] = mean(cases, score)
     metrics["dice_trivial"] = trivial(task)
@@ -378,7 +392,5 @@ def mean(cases: Sequence[dict[str, Any]], score: str) -> float:
 def trivial(task: Task) -> float:
     """Mean Dice per volume of the best answer that is the same for every slice: one class everywhere."""
     split, k = task.splits["test"], len(task.classes)
-    volumes = [split.labels[[i for i, each in enumerate(split.subjects) if each == s]] for s in split.individuals]
-    flat = [volume.flatten(0, 1)[None] for volume in volumes]  # (1, S * H, W) each
-    everywhere = [[dice(torch.full_like(y, c), y, k).nanmean() for y in flat] for c in range(1, k)]
-    return max(float(torch.stack(scores).mean()) for scores in everywhere)
+    everywhere = (torch.full_like(split.labels, c) for c in range(1, k))
+    return max(float(volume_dice(answer, split, k).nanmean(1).nanmean()) for answer in everywhere)

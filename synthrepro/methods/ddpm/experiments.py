@@ -119,7 +119,7 @@ def generation_run(cell: Cell, config: Generation, context: Context) -> Result:
     for path in sorted(folder.glob("step-*"), key=iteration):
         if iteration(path) in trail["iteration"]:  # made before this process began
             continue
-        unet = load_unet(path, unet_of(config.size, channels, config.pretrain.unet, 0)).to(context.device)
+        unet = load_unet(path, unet_of(config.size, channels, config.unet, 0)).to(context.device)
         count = int(cell.setting["evaluations"])
         made = sample(unet, half, config.size, cell.method, count, cell.seed, context)  # type: ignore[arg-type]
         scores = generation_scores(*pooled_and_spatial(first, extract(made)))

@@ -112,6 +112,17 @@ def train(
             context.save("training", {"step": k + 1} | states)
 
 
+def volume_dice(prediction: Tensor, split: Split, classes: int) -> Tensor:
+    """Dice of each organ over all slices of a case together: (cases, K - 1), NaN where the case lacks the organ.
+
+    Args:
+        prediction: Label maps (N, H, W), int64, of the split's images.
+    """
+    rows = [[i for i, each in enumerate(split.subjects) if each == subject] for subject in split.individuals]
+    pairs = ((prediction[i].flatten(0, 1)[None], split.labels[i].flatten(0, 1)[None]) for i in rows)  # (1, S * H, W)
+    return torch.cat([metrics.dice(p, y, classes) for p, y in pairs])
+
+
 def volume_scores(
     prediction: Tensor, split: Split, name: str, classes: Sequence[str], spacing: float, boundary: int
 ) -> list[dict[str, Any]]:
@@ -130,10 +141,9 @@ def volume_scores(
         ``surface_dice`` and ``hausdorff95`` are taken in the plane. ``dice_<organ>`` is missing where the organ is.
     """
     k, found = len(classes), []
-    for subject in split.individuals:
+    for subject, volume in zip(split.individuals, volume_dice(prediction, split, k), strict=True):
         rows = [i for i, each in enumerate(split.subjects) if each == subject]
         p, y = prediction[rows], split.labels[rows]
-        volume = metrics.dice(p.flatten(0, 1)[None], y.flatten(0, 1)[None], k)[0]  # (K - 1,)
         slices = metrics.dice(p, y, k)  # (S, K - 1)
         few = [round(i) for i in np.linspace(0, len(rows) - 1, min(boundary, len(rows)))]
         edges = metrics.cases(p[few], y[few], [subject] * len(few), name, classes, spacing)

@@ -64,7 +64,6 @@ class PretrainSettings(Config):
         processes: over how many the batch is split, one GPU each; 1 takes the current process.
     """
 
-    unet: UNetSettings
     steps: int
     batch: int
     lr: float
@@ -169,8 +168,8 @@ def train_ddpm(spec: dict[str, Any], folder: Path, context: Context) -> None:
     """Artefact `ddpm`: a pre-trained UNet, shared by all cells that start from it.
 
     Args:
-        spec: task, options (of the task), channels, objective, seed, config (:class:`PretrainSettings`), data (hash of
-            the samples). Only the split "unlabelled" is looked at.
+        spec: task, options (of the task), channels, objective, seed, unet (:class:`UNetSettings`), config
+            (:class:`PretrainSettings`), data (hash of the labelled samples). Only the split "unlabelled" is looked at.
         folder: Gets `step-<k>`, the moving average after k iterations as `save_pretrained` writes it, for each of the
             asked k, and `losses.pt`.
     """
@@ -198,7 +197,7 @@ def work(rank: int, spec: dict[str, Any], context: Context) -> None:
     """Pre-train as the spec says and leave `step-<k>` in the context's folder."""
     config = PretrainSettings(**spec["config"])
     images = load_task(spec["task"], **spec["options"]).splits["unlabelled"].images
-    unet = unet_of((images.shape[-2], images.shape[-1]), spec["channels"], config.unet, spec["seed"])
+    unet = unet_of((images.shape[-2], images.shape[-1]), spec["channels"], UNetSettings(**spec["unet"]), spec["seed"])
 
     def keep(unet: UNet2DModel, k: int) -> None:
         partial = context.folder / f"partial-{k}"
@@ -224,7 +223,8 @@ def scheduler_of(sampler: Sampler) -> Any:
         return DDPMScheduler(**BETAS)
     if sampler == "ddim":
         return DDIMScheduler(**BETAS)
-    return DPMSolverMultistepScheduler(**BETAS, algorithm_type="dpmsolver++")
+    # thresholding clips what is predicted of the clean image to [-1, 1], as the other two do
+    return DPMSolverMultistepScheduler(**BETAS, algorithm_type="dpmsolver++", thresholding=True)
 
 
 @torch.no_grad()
