@@ -10,10 +10,13 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from monai.losses import DiceCELoss
+from monai.networks.nets import BasicUNet
 from pydantic import Field
 from torch import Tensor, nn
 
 from synthrepro.data import Split, Task, load_task
+from synthrepro.errors import UserError
 from synthrepro.evidence import Cell, Config, Context, Experiment, Record, Result
 from synthrepro.metrics import dice, jaccard
 from synthrepro.models import unet
@@ -270,6 +273,160 @@ def lesion_run(cell: Cell, config: LesionAdmission, context: Context) -> Result:
     return Result(metrics, cases)
 
 
+class AbdomenAdmission(Config):
+    """Configuration of `abdomen_admission`.
+
+    Attributes:
+        size, cases, slices: options of the task.
+        features: channels of the network at each level, and of its last layer.
+        steps, batch, checks: of every training, as in `Admission`; a batch holds no slice twice.
+        lr: of the network; the rate rises to it and falls to zero along one cycle.
+        table_lr: of the tables, whose entries have further to go than weights.
+        labelled: numbers of labelled slices of the learning curve, at least `FEWEST` and below all.
+    """
+
+    size: tuple[int, int]
+    cases: tuple[int, int, int]
+    slices: int
+    features: tuple[int, int, int, int, int, int]
+    steps: int
+    batch: int
+    lr: float
+    table_lr: float
+    checks: int
+    labelled: tuple[int, ...] = Field(exclude=True)
+    seeds: int = Field(exclude=True)
+
+
+FEWEST = 4  # labelled slices that show every organ, as few as in the paper on label-efficient diffusion
+
+
+def labelled_order(train: Split, classes: int, seed: int) -> list[int]:
+    """Rows of the training slices in the order in which a seed labels them: at random, but the first four show all.
+
+    So the slices of a smaller number are among those of a larger one, and no organ is without a label.
+
+    Raises:
+        UserError: no four slices were found that show every class.
+    """
+    present = F.one_hot(train.labels.flatten(1), classes).amax(1).bool()  # (N, K)
+    draws = stream(seed, "labelled")
+    for _ in range(10_000):
+        order = torch.randperm(len(train), generator=draws)
+        if present[order[:FEWEST]].any(0).all():
+            return order.tolist()
+    raise UserError(
+        f"No {FEWEST} training slices were found that show all {classes - 1} organs: ask for more cases or slices."
+    )
+
+
+def by_volume(
+    score: Callable[[Tensor, Tensor, int], Tensor], maps: Tensor, split: Split, slices: int, classes: int
+) -> Tensor:
+    """A score of each organ over all slices of a case together: (cases, K - 1), NaN where the case lacks the organ.
+
+    Args:
+        maps: predicted label maps (N, H, W) of a split whose cases have `slices` rows each, next to one another.
+    """
+    found, true = (each.unflatten(0, (-1, slices)).flatten(1, 2) for each in (maps, split.labels))  # (cases, S * H, W)
+    return score(found, true, classes)
+
+
+def cross_entropy_dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Half cross-entropy, half a Dice loss that pools the batch's pixels class by class and is a mean over the classes.
+
+    So an organ counts whatever its size, and a class that a single slice lacks does not stand for a score of 0.
+
+    Args:
+        logits: (B, K, H, W).
+        labels: (B, H, W), int64.
+    """
+    loss = DiceCELoss(softmax=True, to_onehot_y=True, batch=True, lambda_dice=0.5, lambda_ce=0.5)
+    return cast(Tensor, loss(logits, labels[:, None]))
+
+
+def abdomen_train(
+    network: nn.Module,
+    task: Task,
+    labelled: Split,
+    lr: float,
+    config: AbdomenAdmission,
+    seed: int,
+    context: Context,
+) -> None:
+    """Train on the labelled slices, and leave the network as it was at its best validation Dice per volume."""
+    device, classes, validation = context.device, len(task.classes), task.splits["validation"]
+    images, labels = labelled.images.to(device), labelled.labels.to(device)
+    optimiser = torch.optim.Adam(network.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=config.steps)
+    draws = stream(seed, "batches")
+    best, state = -1.0, network.state_dict()
+    for step in context.progress(range(1, config.steps + 1), "training"):
+        rows = torch.randperm(len(labelled), generator=draws)[: config.batch].to(device)
+        optimiser.zero_grad()
+        cross_entropy_dice_loss(network(images[rows]), labels[rows]).backward()
+        optimiser.step()
+        schedule.step()
+        if step % (config.steps // config.checks) == 0:
+            maps = segment(network, validation.images.to(device)).cpu()
+            score = float(by_volume(dice, maps, validation, config.slices, classes).nanmean())
+            if score > best:
+                best, state = score, {name: value.clone() for name, value in network.state_dict().items()}
+    network.load_state_dict(state)
+
+
+def abdomen_cells(config: AbdomenAdmission) -> list[Cell]:
+    """Every arm at the first seed, then every arm at the next: trivial predictors, oracle, fewer labels."""
+    arms = [(method, "all") for method in ("position", "intensity", "network")]
+    arms += [("network", str(n)) for n in config.labelled]
+    return [
+        Cell(method, "abdomen", seed, {"labelled": labelled})
+        for seed in range(config.seeds)
+        for method, labelled in arms
+    ]
+
+
+def abdomen_run(cell: Cell, config: AbdomenAdmission, context: Context) -> Result:
+    """Train one predictor, and score it on the test cases, each as one volume.
+
+    The network keeps the full resolution in its first and last convolutions, as adrenal glands are a few pixels wide.
+    What a seed redraws is as in `run`, but slices are labelled, not cases (`labelled_order`).
+    """
+    task = context.data(load_task(cell.task, **config.model_dump(include={"size", "cases", "slices"})))
+    classes, labelled = len(task.classes), task.splits["train"]
+    if cell.setting["labelled"] != "all":
+        rows = labelled_order(labelled, classes, cell.seed)[: int(cell.setting["labelled"])]
+        labelled = Split(labelled.images[rows], labelled.labels[rows], tuple(labelled.subjects[i] for i in rows))
+    build: dict[str, Callable[[], nn.Module]] = {
+        "position": lambda: Position(classes, config.size),
+        "intensity": lambda: Intensity(classes),
+        "network": lambda: BasicUNet(2, task.channels, classes, config.features),
+    }
+    network = seeded(build[cell.method], stream(cell.seed, "weights")).to(context.device)
+    lr = config.lr if cell.method == "network" else config.table_lr
+    abdomen_train(network, task, labelled, lr, config, cell.seed, context)
+    metrics: dict[str, float] = {}
+    cases: list[dict[str, Any]] = []
+    for name, after in (("test", ""), ("validation", "_validation")):
+        split = task.splits[name]
+        maps = segment(network, split.images.to(context.device)).cpu()
+        scores = {
+            "dice": by_volume(dice, maps, split, config.slices, classes),
+            "jaccard": by_volume(jaccard, maps, split, config.slices, classes),
+        }
+        means = {score: values.nanmean(1) for score, values in scores.items()}  # a case's, over the organs it has
+        metrics |= {f"{score}{after}": float(values.mean()) for score, values in means.items()}
+        if name == "test":
+            per_organ = zip(task.classes[1:], scores["dice"].nanmean(0).tolist(), strict=True)
+            metrics |= {f"dice_{organ}": value for organ, value in per_organ}
+            cases = [
+                {"subject": subject, "split": name}
+                | {score: round(float(values[i]), 5) for score, values in means.items()}
+                for i, subject in enumerate(split.individuals)
+            ]
+    return Result(metrics, cases)
+
+
 EXPERIMENTS = {
     "admission": Experiment(
         "admission",
@@ -285,6 +442,14 @@ EXPERIMENTS = {
         LesionAdmission,
         lesion_cells,
         lesion_run,
+        lambda cell, config: config.steps,
+    ),
+    "abdomen_admission": Experiment(
+        "abdomen_admission",
+        "Is the task abdomen worth a method's trouble? Trivial predictors, oracle, learning curve",
+        AbdomenAdmission,
+        abdomen_cells,
+        abdomen_run,
         lambda cell, config: config.steps,
     ),
 }

@@ -147,7 +147,7 @@ def test_the_head_moves_at_ten_times_the_rate(tmp_path, monkeypatch):
         real(self, groups, **options)
 
     monkeypatch.setattr(torch.optim.Adam, "__init__", note)
-    config, there = settings(head_factor=10, lr_from_scratch=1e-3), split()
+    config, there = settings(head_factor=10, lr={"unet": 1e-3}), split()
     trained = network("decoder", config, tmp_path)
     arm = ddpm.Arm("", strategy="decoder")
     ddpm.fit(trained, arm, there.images, there.labels, spec(), config, Context(tmp_path / "x"))
@@ -161,9 +161,18 @@ def test_a_training_that_is_resumed_ends_the_same(tmp_path):
     ddpm.fit(whole, arm, there.images, there.labels, spec(), config, Context(tmp_path / "whole"))
     ends.append(whole.state_dict())
     part = network("decoder", config, tmp_path)
-    context = Context(tmp_path / "part")
-    context.checkpoint_due = lambda: True
-    ddpm.fit(part, arm, there.images, there.labels, spec(), settings(steps={"1": 3}), context)
+    context, calls = Context(tmp_path / "part"), []
+
+    def due() -> bool:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return True
+
+    context.checkpoint_due = due
+    with pytest.raises(KeyboardInterrupt):
+        ddpm.fit(part, arm, there.images, there.labels, spec(), config, context)
+    assert context.load("training")["step"] == 3
     again = network("decoder", config, tmp_path)
     ddpm.fit(again, arm, there.images, there.labels, spec(), config, Context(tmp_path / "part"))
     ends.append(again.state_dict())
@@ -209,11 +218,29 @@ def test_tables_share_what_they_train(monkeypatch, tmp_path):
 def test_a_seed_draws_what_is_said(monkeypatch, tmp_path):
     found = specs(monkeypatch, tmp_path, [cell(seed=3, redrawn=part) for part in ("all", *arms.PARTS)])
     seeds = [there["seeds"] for name, there in found if name == "arm"]
-    assert seeds[0] == {"labels": 3, "start": 3, "training": 3}
-    assert [sum(each.values()) for each in seeds[1:]] == [3, 3, 3]
-    assert [each[part] for each, part in zip(seeds[1:], arms.PARTS, strict=True)] == [3, 3, 3]
+    assert seeds == [
+        {"labels": 3, "start": 1, "training": 3},
+        {"labels": 3, "start": 0, "training": 0},
+        {"labels": 0, "start": 1, "training": 0},
+        {"labels": 0, "start": 0, "training": 3},
+    ]
     starts = [there["seed"] for name, there in found if name == "ddpm"]
     assert starts == [1, 0, 1, 0], "the cpu profile has two pre-trainings, which seeds share"
+
+
+def test_an_arm_that_starts_from_nothing_does_not_depend_on_the_pre_training(monkeypatch, tmp_path):
+    config = load_profile("ddpm", "cpu")["label_ratio"]
+    other = {"abdomen": config.pretrain["abdomen"].model_copy(update={"steps": 9})}
+    changed = config.model_copy(update={"pretrain": other, "pretrainings": 1})
+    for method, same in (("scratch", True), ("attention-unet", True), ("decoder", False)):
+        found = [specs(monkeypatch, tmp_path, [cell(method, seed=3)], c)[-1] for c in (config, changed)]
+        assert (found[0] == found[1]) is same
+
+
+def test_a_checkpoint_that_pre_training_does_not_keep_is_an_error(monkeypatch, tmp_path):
+    config = load_profile("ddpm", "cpu")["label_ratio"].model_copy(update={"transfer": {16: 7}})
+    with pytest.raises(UserError, match="no checkpoint at iteration 7"):
+        specs(monkeypatch, tmp_path, [cell()], config)
 
 
 def test_sizes_that_share_their_channels_share_the_pre_training(monkeypatch, tmp_path):

@@ -155,6 +155,11 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(tmp_path):
     assert all(torch.equal(whole[k][name], resumed[k][name]) for k in whole for name in whole[k])
 
 
+def test_trainings_of_other_precision_follow_one_another(tmp_path):
+    for precision in ("bf16", "no"):
+        assert set(train(Context(tmp_path / precision), precision=precision)) == {5, 12}
+
+
 def spec(processes: int) -> dict:
     options = {"size": [16, 16], "cases": [1, 1, 1], "slices": 4, "unlabelled": 2, "unlabelled_slices": 4}
     config = json.loads(settings(processes=processes).model_dump_json())

@@ -4,11 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from synthrepro.data import load_task
+from synthrepro.data import Split, Task, load_task
+from synthrepro.data.abdomen import CLASSES
+from synthrepro.errors import UserError
 from synthrepro.evidence import Cell, Context, Record, load_chapter, load_profile
 from synthrepro.evidence.records import Provenance
 from synthrepro.methods import tasks
+from synthrepro.metrics import dice
 
 TINY = {
     "size": (32, 32),
@@ -176,3 +180,142 @@ def test_the_criteria_are_the_differences_they_are_called():
             "oracle of flash3 above network of t1w, on flash3": 0.5,
         }
     )
+
+
+# ----- the abdomen
+
+ABDOMEN = {"size": (32, 32), "cases": (3, 1, 2), "slices": 8}
+
+
+@pytest.fixture
+def small() -> tasks.AbdomenAdmission:
+    rates = {"lr": 0.01, "table_lr": 0.3}
+    return tasks.AbdomenAdmission(
+        **ABDOMEN, features=(8, 8, 8, 8, 8, 8), steps=4, batch=8, checks=2, labelled=(), seeds=1, **rates
+    )
+
+
+def test_every_profile_lists_the_abdomen_with_every_arm_at_one_seed_before_the_next():
+    for profile in ("smoke", "cpu", "gpu", "paper"):
+        config = load_profile("tasks", profile)["abdomen_admission"]
+        cells = load_chapter("tasks")["abdomen_admission"].cells(config)
+        assert len({cell.key for cell in cells}) == len(cells)
+        arms = [("position", "all"), ("intensity", "all"), ("network", "all")]
+        arms += [("network", str(n)) for n in config.labelled]
+        assert [(cell.seed, cell.method, cell.setting["labelled"]) for cell in cells] == [
+            (seed, *arm) for seed in range(config.seeds) for arm in arms
+        ]
+        slices = config.cases[0] * config.slices
+        shares = [tasks.FEWEST, round(0.01 * slices), round(0.1 * slices)]
+        assert list(config.labelled) == (shares if profile != "smoke" else shares[:1])
+
+
+def test_the_first_four_labelled_slices_show_every_organ_and_a_seed_redraws_them():
+    train = load_task("abdomen", **ABDOMEN).splits["train"]
+    orders = [tasks.labelled_order(train, len(CLASSES), seed) for seed in range(5)]
+    for order in orders:
+        assert sorted(order) == list(range(len(train)))
+        assert set(train.labels[order[: tasks.FEWEST]].flatten().tolist()) == set(range(len(CLASSES)))
+    assert len({tuple(order) for order in orders}) == len(orders)
+    assert tasks.labelled_order(train, len(CLASSES), 0) == orders[0]
+
+
+def test_an_organ_that_no_slice_shows_is_an_error_in_one_sentence():
+    train = Split(torch.zeros(5, 1, 4, 4), torch.ones(5, 4, 4, dtype=torch.int64), ("a",) * 5)
+    with pytest.raises(UserError, match="show all 2 organs: ask for more"):
+        tasks.labelled_order(train, 3, 0)
+
+
+def test_a_score_by_volume_counts_a_cases_pixels_together_and_leaves_out_what_it_lacks():
+    labels = torch.zeros(4, 2, 4, dtype=torch.int64)  # two cases of two slices
+    maps = labels.clone()
+    labels[0, 0, :3], labels[1, 1, 0] = 1, 1  # four pixels of the first case, none of the second
+    maps[0, 0, :2], maps[1, 0, 0] = 1, 1  # two of them found, and one elsewhere
+    labels[2:, 0], maps[2, 0] = 2, 2  # eight pixels of the second case, four of them found
+    split = Split(torch.zeros(4, 1, 2, 4), labels, ("a", "a", "b", "b"))
+    found = tasks.by_volume(dice, maps, split, 2, 3)
+    assert found[0, 0] == pytest.approx(2 * 2 / (3 + 4))
+    assert found[1, 1] == pytest.approx(2 * 4 / (4 + 8))
+    assert found.isnan().tolist() == [[False, True], [True, False]]
+
+
+def test_the_loss_is_half_cross_entropy_and_half_the_mean_over_classes_of_pooled_dice():
+    draws = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 4, 5, generator=draws, dtype=torch.float64)
+    labels = torch.randint(3, (2, 4, 5), generator=draws)
+    p, y = logits.softmax(1), torch.stack([labels == k for k in range(3)], 1).double()
+    cross_entropy = -(y * p.log()).sum(1).mean()
+    pooled = 1 - 2 * (p * y).sum((0, 2, 3)) / (p + y).sum((0, 2, 3))  # (K,)
+    found = tasks.cross_entropy_dice_loss(logits, labels)
+    assert float(found) == pytest.approx(float(0.5 * cross_entropy + 0.5 * pooled.mean()), abs=1e-5)
+
+
+@pytest.mark.parametrize(("method", "labelled"), [("position", "all"), ("intensity", "all"), ("network", "4")])
+def test_a_cell_of_the_abdomen_scores_every_test_case_as_a_volume(
+    method: str, labelled: str, small: tasks.AbdomenAdmission, tmp_path: Path
+):
+    cell = Cell(method, "abdomen", 0, {"labelled": labelled})
+    result = tasks.abdomen_run(cell, small, Context(tmp_path / "a"))
+    assert [(case["split"], case["subject"]) for case in result.cases] == [("test", "test-000"), ("test", "test-001")]
+    for score in ("dice", "jaccard"):
+        mean = sum(case[score] for case in result.cases) / 2
+        assert mean == pytest.approx(result.metrics[score], abs=1e-5)
+        assert 0 <= result.metrics[f"{score}_validation"] <= 1
+    assert {f"dice_{organ}" for organ in CLASSES[1:]} < set(result.metrics)
+    assert tasks.abdomen_run(cell, small, Context(tmp_path / "b")) == result
+
+
+def test_a_cell_of_the_abdomen_that_finds_one_organ_only_scores_it_and_zero_for_the_others(
+    small: tasks.AbdomenAdmission, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    splits = load_task("abdomen", **ABDOMEN).splits
+
+    def liver(network: object, images: Tensor) -> Tensor:
+        (labels,) = (split.labels for split in splits.values() if torch.equal(split.images, images))
+        return labels * (labels == 1)
+
+    monkeypatch.setattr(tasks, "segment", liver)
+    monkeypatch.setattr(tasks, "abdomen_train", lambda *given: None)
+    result = tasks.abdomen_run(Cell("position", "abdomen", 0, {"labelled": "all"}), small, Context(tmp_path))
+    for organ in CLASSES[1:]:
+        assert result.metrics[f"dice_{organ}"] == (organ == "liver")
+    for i, case in enumerate(result.cases):
+        organs = set(splits["test"].labels[8 * i : 8 * (i + 1)].flatten().tolist()) - {0}
+        assert case["dice"] == case["jaccard"] == pytest.approx(1 / len(organs), abs=1e-5)
+
+
+class Noting(nn.Module):
+    """Notes the grey level of every image it is shown, one number an image, and answers the same everywhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(2))
+        self.batches: list[list[float]] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training:
+            self.batches.append(images[:, 0, 0, 0].tolist())
+        return self.logits[None, :, None, None].expand(len(images), -1, *images.shape[2:])
+
+
+@pytest.mark.parametrize(("n", "expected"), [(4, 4), (20, 8)])
+def test_a_batch_holds_no_slice_twice_and_training_keeps_the_best_on_validation(
+    n: int, expected: int, small: tasks.AbdomenAdmission, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    images = torch.arange(n)[:, None, None, None].expand(-1, 1, 4, 4) / n
+    labelled = Split(images, torch.ones(n, 4, 4, dtype=torch.int64), ("a",) * n)
+    states, marks, network = [], iter([0.7, 0.2]), Noting()
+
+    def score(*given: object) -> Tensor:
+        states.append(network.logits.detach().clone())
+        return torch.tensor(next(marks))
+
+    monkeypatch.setattr(tasks, "by_volume", score)
+    task = Task("abdomen", ("background", "liver"), 1, {"train": labelled, "validation": labelled}, None)  # type: ignore[arg-type]
+    tasks.abdomen_train(network, task, labelled, 0.1, small, 0, Context(tmp_path))
+    assert [len(batch) for batch in network.batches] == [expected] * small.steps
+    assert all(len(set(batch)) == expected for batch in network.batches)
+    assert len({tuple(batch) for batch in network.batches}) > 1
+    assert len(states) == small.checks
+    assert torch.equal(network.logits, states[0])
+    assert not torch.equal(network.logits, states[1])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from synthrepro.data import Task, load_task
+from synthrepro.errors import UserError
 from synthrepro.evidence import Cell, Config, Context, Result
 from synthrepro.methods.ddpm.ddpm_seg import DdpmSegSettings, ddpm_seg
 from synthrepro.methods.ddpm.finetuning import (
@@ -116,10 +117,10 @@ class ArmSettings(DdpmSettings):
         layers: output blocks that a head on several layers sees besides the last.
         steps: ratio -> iterations of a training.
         batch: slices an iteration.
-        lr: base rate of the fine-tuned arms.
-        lr_from_scratch: of those that start from random weights.
+        lr: base rate of "pre-trained" networks, of the UNet that starts from random weights, "unet", and of each
+            baseline.
         head_factor: the head's rate over the base rate.
-        weight_decay, head_weight_decay: of the head, and of the rest.
+        weight_decay, head_weight_decay: of all but the head, and of the head.
         cache_gib: up to which size the frozen part's outputs are kept; beyond it they are made anew each time.
         precision: as in pre-training.
         ddpm_seg: of DDPM-Seg.
@@ -136,8 +137,7 @@ class ArmSettings(DdpmSettings):
     layers: tuple[int, ...]
     steps: dict[str, int]
     batch: int
-    lr: float
-    lr_from_scratch: float
+    lr: dict[str, float]
     head_factor: float
     weight_decay: float
     head_weight_decay: float
@@ -167,8 +167,13 @@ def pretrained(arm: Arm, spec: dict[str, Any], config: ArmSettings, context: Con
     assert arm.start is not None
     channels = config.sizes[spec["size"]].channels
     wanted = ddpm_spec(spec["task"], channels, arm.start, spec["seeds"]["start"], config, spec["data"])
-    last = config.pretrain[spec["task"]].steps
-    return context.artefact("ddpm", wanted) / f"step-{config.transfer[channels] or last}"
+    settings = config.pretrain[spec["task"]]
+    k = config.transfer[channels] or settings.steps
+    if k not in {*settings.checkpoints, settings.steps}:
+        raise UserError(
+            f"Pre-training keeps no checkpoint at iteration {k}: list it in `checkpoints`, or transfer another."
+        )
+    return context.artefact("ddpm", wanted) / f"step-{k}"
 
 
 def task_of(name: str, config: DdpmSettings) -> Task:
@@ -276,17 +281,11 @@ def fit(
     larger than `cache_gib`.
     """
     seed, steps = spec["seeds"]["training"], config.steps[spec["ratio"]]
-    lr = config.lr if arm.start is not None else config.lr_from_scratch
+    lr = config.lr["pre-trained" if arm.start else arm.network]
     frozen, rest = parts(network, arm)
     augmentation = PairedAugmentation("all", flip=0.0)  # a mirrored abdomen has its liver on the wrong side
 
-    kept: list[Tensor] | None = None
-    if not arm.augmented and frozen is not None:
-        with torch.no_grad():
-            size = sum(part.numel() * part.element_size() for part in frozen(images[:1])) * len(images)
-            if size <= config.cache_gib * 2**30:
-                made = [frozen(part) for part in images.split(config.batch)]
-                kept = [torch.cat(part) for part in zip(*made, strict=True)]
+    kept = None if frozen is None or arm.augmented else kept_outputs(frozen, images, config)
 
     def batches(k: int) -> tuple[Any, Tensor]:
         rows = rows_of(len(images), config.batch, k, seed)
@@ -297,7 +296,7 @@ def fit(
             x, y = augmentation(x, y, stream(seed, f"augmentation {k}"))
         if frozen is None:
             return x, y
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(context.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             return frozen(x), y
 
     if isinstance(network, Segmenter):
@@ -321,6 +320,21 @@ def fit(
         config.precision,
         context,
     )
+
+
+@torch.no_grad()
+def kept_outputs(frozen: Any, images: Tensor, config: ArmSettings) -> list[Tensor] | None:
+    """What the frozen part makes of all images, or None if that is larger than `cache_gib`."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        first = frozen(images[: config.batch])
+        size = sum(part.nbytes for part in first) / len(first[0]) * len(images)
+        if size > config.cache_gib * 2**30:
+            return None
+        kept = [part.new_empty(len(images), *part.shape[1:]) for part in first]
+        for rows in torch.arange(len(images)).split(config.batch):
+            for whole, part in zip(kept, frozen(images[rows]), strict=True):
+                whole[rows] = part
+        return kept
 
 
 def parts(network: nn.Module, arm: Arm) -> tuple[Any, Any]:
@@ -347,6 +361,7 @@ def predicted(cell: Cell, config: ArmSettings, context: Context) -> tuple[Task, 
         "data": context.data_hashes[cell.task],
     }
     if arm.start is not None:
+        spec["seeds"]["start"] %= config.pretrainings
         spec["ddpm"] = pretrained(arm, spec, config, context).parent.name
     return task, torch.load(context.artefact("arm", spec) / "arm.pt", weights_only=True)
 
@@ -363,6 +378,9 @@ def only(config: ArmSettings, cell: Cell) -> dict[str, Any]:
     }
     wanted |= {"sizes": size, "steps": cell.setting["ratio"], "nnunet_cases": cell.setting["ratio"]}
     wanted |= {"baselines": ARMS[cell.method].network, "transfer": config.sizes[size].channels}
+    if ARMS[cell.method].start is None:  # what it does not start from is no part of its address
+        wanted |= {"unlabelled": None, "pretrain": None, "transfer": None}
+        dump["pretrainings"] = 1
     for name, key in wanted.items():
         dump[name] = {k: value for k, value in dump[name].items() if str(k) == str(key)}
     return dump

@@ -88,12 +88,16 @@ def train(
 ) -> None:
     """Adam on what `groups` hold, in place; resumes from the context's checkpoint.
 
+    The rates fall linearly to zero. The paper gives no schedule; at a constant rate the last state, which is the one
+    that counts, would be one of many between which training with few slices swings.
+
     Args:
         groups: As torch.optim.Adam takes them: params, lr, weight_decay.
         loss_of: What a batch holds -> loss; the batch's first part need not be images.
     """
     device = context.device
     optimiser = torch.optim.Adam(list(groups), fused=device.type == "cuda")
+    rates = [group["lr"] for group in groups]
     start = 0
     if saved := context.load("training"):
         start = saved["step"]
@@ -101,6 +105,8 @@ def train(
         optimiser.load_state_dict(saved["optimiser"])
     network.train()
     for k in context.progress(range(start, steps), "training"):
+        for group, rate in zip(optimiser.param_groups, rates, strict=True):
+            group["lr"] = rate * (1 - k / steps)
         x, y = batches(k)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             loss = loss_of(x, y)

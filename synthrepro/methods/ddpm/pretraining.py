@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 import torch.multiprocessing
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor
@@ -121,6 +122,7 @@ def pretrain(
     Returns:
         The mean loss of each hundredth of the iterations.
     """
+    AcceleratorState._reset_state(reset_partial_state=True)  # of a training that an error ended
     accelerator = Accelerator(mixed_precision=config.precision, cpu=context.device.type == "cpu")
     device, share = accelerator.device, slice(accelerator.process_index, None, accelerator.num_processes)
     unet.train().to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.contiguous_format)
@@ -161,6 +163,7 @@ def pretrain(
             state = {"unet": unet.state_dict(), "optimiser": optimiser.state_dict(), "average": average.state_dict()}
             context.save("checkpoint", state | {"losses": losses, "step": k + 1})
     accelerator.end_training()
+    AcceleratorState._reset_state(reset_partial_state=True)  # else the next training must have the same precision
     return losses
 
 
@@ -182,7 +185,7 @@ def train_ddpm(spec: dict[str, Any], folder: Path, context: Context) -> None:
             port = free.getsockname()[1]
         torch.multiprocessing.spawn(process, (spec, context, processes, port), processes)
     for path in sorted(context.folder.glob("step-*")):
-        shutil.move(path, folder / path.name)
+        shutil.copytree(path, folder / path.name)  # not moved: a process killed in between must find them again
     torch.save(context.load("losses"), folder / "losses.pt")
 
 
