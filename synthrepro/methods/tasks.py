@@ -399,7 +399,7 @@ def abdomen_run(cell: Cell, config: AbdomenAdmission, context: Context) -> Resul
         labelled = Split(labelled.images[rows], labelled.labels[rows], tuple(labelled.subjects[i] for i in rows))
     build: dict[str, Callable[[], nn.Module]] = {
         "position": lambda: Position(classes, config.size),
-        "intensity": lambda: Intensity(classes),
+        "intensity": lambda: Intensity(classes, 256),  # soft tissues share a small part of the grey scale
         "network": lambda: BasicUNet(2, task.channels, classes, config.features),
     }
     network = seeded(build[cell.method], stream(cell.seed, "weights")).to(context.device)

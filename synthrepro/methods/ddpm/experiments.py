@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from synthrepro.data import load_task
+from synthrepro.data import check_task, load_task
 from synthrepro.evidence import Cell, Config, Context, Result
 from synthrepro.generation import generation_scores
 from synthrepro.methods.ddpm.arms import ArmSettings, DdpmSettings, ddpm_spec, scored, task_of
@@ -72,6 +72,7 @@ class Generation(DdpmSettings):
         inception: file with the weights of torchvision's Inception v3, null for a segmenter's encoder.
         extractor: channels of that segmenter's levels; extractor_steps, extractor_lr, extractor_batch: its training.
         images: how many are generated, and how many real ones they are compared with.
+        pictures: how many of those of the last checkpoint the record keeps, if the task is embedded.
     """
 
     inception: str | None
@@ -80,6 +81,7 @@ class Generation(DdpmSettings):
     extractor_lr: float
     extractor_batch: int
     images: int
+    pictures: int
     tasks: tuple[str, ...] = Field(exclude=True)
     samplers: dict[str, tuple[int, ...]] = Field(exclude=True)  # sampler -> evaluations an image
     channels: tuple[int, ...] = Field(exclude=True)
@@ -103,7 +105,7 @@ def generation_run(cell: Cell, config: Generation, context: Context) -> Result:
 
     The trails `fid`, `sfid`, `precision`, `recall` and `f1` have one value a checkpoint of the trail `iteration`, the
     metrics of the same names are the last ones'. `fid_real` and so on compare two halves of real images: the best
-    there is.
+    there is. `samples` are pictures of 8 bits, `samples_count` of them, pixel by pixel in one long row.
     """
     task = context.data(task_of(cell.task, config))
     channels = int(cell.setting["channels"])
@@ -115,7 +117,7 @@ def generation_run(cell: Cell, config: Generation, context: Context) -> Result:
     real = real[rows]
     half = len(real) // 2
     first, second = extract(real[:half]), extract(real[half:])
-    trail: dict[str, list[float]] = context.load("trail") or {"iteration": []}
+    trail: dict[str, list[Any]] = context.load("trail") or {"iteration": []}
     for path in sorted(folder.glob("step-*"), key=iteration):
         if iteration(path) in trail["iteration"]:  # made before this process began
             continue
@@ -126,11 +128,17 @@ def generation_run(cell: Cell, config: Generation, context: Context) -> Result:
         for name, value in scores.items():
             trail.setdefault(name, []).append(value)
         trail["iteration"].append(iteration(path))
+        trail["samples"] = (made[: config.pictures] * 255).round().int().flatten().tolist()
         context.save("trail", trail)
     best = generation_scores(*pooled_and_spatial(first, second))
-    final = {name: values[-1] for name, values in trail.items()}
+    samples = trail.pop("samples")
+    pictures: dict[str, Any] = {}
+    if check_task(cell.task).family == "embedded":  # pictures made from other people's data are not ours to hand on
+        pictures = {"samples": samples, "samples_count": config.pictures}
+        pictures |= {"samples_rows": config.size[0], "samples_columns": config.size[1]}
     return Result(
-        final
+        {name: values[-1] for name, values in trail.items()}
+        | pictures
         | {f"{name}_real": value for name, value in best.items()}
         | {f"trail {name}": values for name, values in trail.items()}
         | {"inception": float(config.inception is not None)}

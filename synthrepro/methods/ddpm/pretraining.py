@@ -13,6 +13,7 @@ read it as a slip. It gives no batch size.
 import os
 import shutil
 import socket
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -253,7 +254,8 @@ def sample(
     found = []
     for first in context.progress(range(0, n, batch), "sampling"):
         scheduler = scheduler_of(sampler)
-        scheduler.set_timesteps(steps)
+        with warnings.catch_warnings(action="ignore"):  # diffusers 0.42 hands tensors to NumPy in an outdated way
+            scheduler.set_timesteps(steps)
         draws = stream(seed, f"sample {first}")
         x = torch.randn(min(batch, n - first), 1, *size, generator=draws).to(device)
         # diffusers draws the noise of a step from a generator on the CPU as well, and moves it
