@@ -304,19 +304,21 @@ def measure(names: Sequence[str], p: Problem, rounds: int, iterations: int) -> d
     """Let the loops take turns, after a round that is not counted."""
     spawn = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
+    for name in names:  # all at once, for each takes its time to import
+        pipes[name], theirs = spawn.Pipe()
+        process = spawn.Process(target=work, args=(name, p, theirs))
+        process.daemon = True  # goes when this one does
+        process.start()
+        theirs.close()  # so that a process that dies ends the pipe
     times: dict[str, list[float]] = {name: [] for name in names}
     started = time.monotonic()
     for k in range(rounds + 1):
-        for name in names:
-            if k == 0:
-                pipes[name], theirs = spawn.Pipe()
-                spawn.Process(target=work, args=(name, p, theirs), daemon=True).start()
-                theirs.close()  # so that a process that dies ends the pipe
-            pipes[name].send(iterations)
-            times[name].append(pipes[name].recv())
+        for name, pipe in pipes.items():
+            pipe.send(iterations)
+            times[name].append(pipe.recv())
         if k == 0:
             minutes = (time.monotonic() - started) * rounds / 60
-            print(f"Training: {minutes:.0f} minutes more at most.", file=sys.stderr)
+            print(f"Training takes {minutes:.0f} more minutes at most.", file=sys.stderr)
     found = {}
     for name, pipe in pipes.items():
         pipe.send(0)
