@@ -98,34 +98,71 @@ __all__ = [
     "volume_scores",
 ]
 
-TABLES = {
-    "label_ratio": "Dice by the share of the training slices that is labelled",
-    "strategies": "What is fine-tuned, and at which step t",
-    "full_data": "All methods with all labelled slices",
-    "organs": "Dice of each organ",
-    "controls": "What the gain is due to",
-    "seeds": "How far single runs scatter, and what scatters them",
-}
-
 EXPERIMENTS = {
-    name: Experiment(
-        name,
-        title,
-        Table,
-        table_cells,
-        table_run,
-        lambda cell, config: config.steps[cell.setting["ratio"]],
-        {"ddpm": train_ddpm, "arm": train_arm},
-    )
-    for name, title in TABLES.items()
-} | {
-    "generation": Experiment(
-        "generation",
-        "How good generated images are, as pre-training goes on",
-        Generation,
-        generation_cells,
-        generation_run,
-        lambda cell, config: config.pretrain[cell.task].steps,
-        {"ddpm": train_ddpm, "extractor": train_extractor},
+    e.name: e
+    for e in (
+        Experiment(
+            "label_ratio",
+            "Dice by the share of the training slices that is labelled",
+            Table,
+            table_cells,
+            table_run,
+            lambda cell, config: config.steps[cell.setting["ratio"]],
+            {"ddpm": train_ddpm, "arm": train_arm},
+        ),
+        Experiment(
+            "strategies",
+            "What is fine-tuned, and at which step t",
+            Table,
+            table_cells,
+            table_run,
+            lambda cell, config: config.steps[cell.setting["ratio"]],
+            {"ddpm": train_ddpm, "arm": train_arm},
+        ),
+        Experiment(
+            "full_data",
+            "All methods with all labelled slices",
+            Table,
+            table_cells,
+            table_run,
+            lambda cell, config: config.steps[cell.setting["ratio"]],
+            {"ddpm": train_ddpm, "arm": train_arm},
+        ),
+        Experiment(
+            "organs",
+            "Dice of each organ",
+            Table,
+            table_cells,
+            table_run,
+            lambda cell, config: config.steps[cell.setting["ratio"]],
+            {"ddpm": train_ddpm, "arm": train_arm},
+        ),
+        Experiment(
+            "controls",
+            "What the gain is due to",
+            Table,
+            table_cells,
+            table_run,
+            lambda cell, config: config.steps[cell.setting["ratio"]],
+            {"ddpm": train_ddpm, "arm": train_arm},
+        ),
+        Experiment(
+            "seeds",
+            "How far single runs scatter, and what scatters them",
+            Table,
+            table_cells,
+            table_run,
+            lambda cell, config: config.steps[cell.setting["ratio"]],
+            {"ddpm": train_ddpm, "arm": train_arm},
+        ),
+        Experiment(
+            "generation",
+            "How good generated images are, as pre-training goes on",
+            Generation,
+            generation_cells,
+            generation_run,
+            lambda cell, config: config.pretrain[cell.task].steps,
+            {"ddpm": train_ddpm, "extractor": train_extractor},
+        ),
     )
 }
