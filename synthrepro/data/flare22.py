@@ -45,6 +45,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from synthrepro.data import pairs
+from synthrepro.data.abdomen_looks import CLASSES  # that phantom has FLARE22's organs; the index is the files' value
 from synthrepro.data.pairs import Pair
 from synthrepro.data.task import Card, Split, Task
 from synthrepro.data.volumes import ADVICE, _read, read_labels
@@ -52,22 +53,6 @@ from synthrepro.errors import UserError
 
 FAMILY = "real"
 
-CLASSES = (
-    "background",
-    "liver",
-    "right kidney",
-    "spleen",
-    "pancreas",
-    "aorta",
-    "inferior vena cava",
-    "right adrenal gland",
-    "left adrenal gland",
-    "gallbladder",
-    "esophagus",
-    "stomach",
-    "duodenum",
-    "left kidney",
-)  # the index is the value in the files
 TABLE = {value: value for value in range(len(CLASSES))}
 RANGE = (0.5, 99.5)  # percentiles that become 0 and 1
 COARSEST = 20.0  # mm; no abdomen is scanned with larger voxels

@@ -243,6 +243,13 @@ def test_a_checkpoint_that_pre_training_does_not_keep_is_an_error(monkeypatch, t
         specs(monkeypatch, tmp_path, [cell()], config)
 
 
+def test_imagenets_weights_are_for_the_networks_that_have_a_resnet(monkeypatch, tmp_path):
+    config = load_profile("ddpm", "paper")["label_ratio"].model_copy(update={"imagenet": "resnet34.pth"})
+    for method, given in (("resunet", "resnet34.pth"), ("unetr", None), ("decoder", None)):
+        found = specs(monkeypatch, tmp_path, [Cell(method, "flare22", 0, cell().setting)], config)[-1][1]
+        assert found["config"]["imagenet"] == given
+
+
 def test_sizes_that_share_their_channels_share_the_pre_training(monkeypatch, tmp_path):
     found = specs(monkeypatch, tmp_path, [cell(size=size) for size in "SML"])
     small, medium, large = (there for name, there in found if name == "ddpm")

@@ -23,7 +23,7 @@ from synthrepro.methods.ddpm.finetuning import (
 )
 from synthrepro.methods.ddpm.nnunet import nnunet
 from synthrepro.methods.ddpm.pretraining import Objective, PretrainSettings, UNetSettings, unet_of
-from synthrepro.models.baselines import baseline
+from synthrepro.models.baselines import PRETRAINED, baseline
 from synthrepro.models.diffusion_unet import Segmenter, freeze, load_unet, without_steps
 from synthrepro.synthesis.mask_augmentation import PairedAugmentation
 from synthrepro.training import seeded, segment, stream
@@ -125,7 +125,7 @@ class ArmSettings(DdpmSettings):
         precision: as in pre-training.
         ddpm_seg: of DDPM-Seg.
         baselines: base width of each baseline, null for its own.
-        imagenet: folder with ImageNet weights of the baselines' encoders, null for random weights.
+        imagenet: file with torchvision's weights of a ResNet-34, for the baselines that have one, null for random ones.
         nnunet_cases: ratio -> cases that nnU-Net is given; the paper has 1 and 5 for 1 % and 10 %, and none for 0.1 %.
         nnunet_epochs: of 250 iterations.
         spacing: of each task's pixels, mm.
@@ -381,6 +381,8 @@ def only(config: ArmSettings, cell: Cell) -> dict[str, Any]:
     if ARMS[cell.method].start is None:  # what it does not start from is no part of its address
         wanted |= {"unlabelled": None, "pretrain": None, "transfer": None}
         dump["pretrainings"] = 1
+    if ARMS[cell.method].network not in PRETRAINED:
+        dump["imagenet"] = None
     for name, key in wanted.items():
         dump[name] = {k: value for k, value in dump[name].items() if str(k) == str(key)}
     return dump
