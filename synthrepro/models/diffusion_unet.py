@@ -2,7 +2,7 @@ r"""The diffusion UNet, and the segmenter that is made of it.
 
 Huang et al., Label-efficient multi-organ segmentation with a diffusion model, arXiv 2402.15216, sections "Network
 Architecture" and "Transfer Strategy". No code was released. The paper's network is ADM's (Dhariwal and Nichol 2021):
-its 8448 features a pixel for DDPM-Seg fit no other channel multipliers than ADM's. It is built of diffusers'
+its 8448 features a pixel for DDPM-Seg are those of ADM's channel multipliers for its images. It is built of diffusers'
 `UNet2DModel`, whose checkpoints it writes and reads. The step t sets a scale and a shift in every ResBlock,
 
 .. math:: h \leftarrow \mathrm{GroupNorm}(h)\,(1 + s(t)) + b(t),
