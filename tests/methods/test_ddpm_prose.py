@@ -109,3 +109,10 @@ def test_strategies_are_in_the_papers_order() -> None:
     steps = {t: value for (arm, _, t), value in by_arm.items() if arm == "decoder"}
     assert max(steps, key=steps.__getitem__) == 0
     assert min(steps, key=steps.__getitem__) == 900
+
+
+def test_samples_come_closer_to_real_slices_and_stay_far_from_them() -> None:
+    (record,) = (r for r in records("ddpm", "generation") if r.profile == "cpu")
+    found = record.metrics
+    assert found["trail fid"][0] > found["trail fid"][-1] > 10 * found["fid_real"]
+    assert found["precision"] < 0.3 < 0.7 < found["recall"]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from synthrepro.data import Split, Task, load_task
 from synthrepro.data.abdomen import CLASSES
 from synthrepro.errors import UserError
-from synthrepro.evidence import Cell, Context, Record, load_chapter, load_profile
+from synthrepro.evidence import Cell, Context, Record, load_chapter, load_profile, records
 from synthrepro.evidence.records import Provenance
 from synthrepro.methods import tasks
 from synthrepro.metrics import dice
@@ -319,3 +319,12 @@ def test_a_batch_holds_no_slice_twice_and_training_keeps_the_best_on_validation(
     assert len(states) == small.checks
     assert torch.equal(network.logits, states[0])
     assert not torch.equal(network.logits, states[1])
+
+
+def test_on_abdomen_position_and_intensity_stay_far_below_the_oracle() -> None:
+    found = {
+        record.cell.method: record.metrics["dice"]
+        for record in records("tasks", "abdomen_admission")
+        if record.profile == "cpu" and record.cell.setting["labelled"] == "all" and record.cell.seed == 0
+    }
+    assert found["network"] > 2 * max(found["position"], found["intensity"])
