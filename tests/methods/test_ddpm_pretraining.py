@@ -198,7 +198,7 @@ class Gaussian(torch.nn.Module):
         return SimpleNamespace(sample=(1 - kept).sqrt() * x / (kept * self.s**2 + 1 - kept))
 
 
-@pytest.mark.parametrize(("sampler", "steps"), [("ddpm", 1000), ("ddim", 250), ("dpm-solver", 50)])
+@pytest.mark.parametrize(("sampler", "steps"), [("ddpm", 1000), ("ddim", 250), ("dpm-solver", 100)])
 def test_every_sampler_draws_from_the_distribution_of_a_perfect_network(sampler, steps, tmp_path):
     drawn = 2 * ddpm.sample(Gaussian(0.25), 6, (40, 40), sampler, steps, 0, Context(tmp_path), batch=4) - 1
     assert drawn.shape == (6, 1, 40, 40)
