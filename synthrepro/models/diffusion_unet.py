@@ -224,7 +224,7 @@ class Segmenter(nn.Module):
     ) -> None:
         super().__init__()
         self.unet, self.step, self.layers = unet, step, tuple(layers)
-        for block in unet.modules():  # at a loss of 138 million parameters' features, none is dropped
+        for block in unet.modules():  # no dropout in fine-tuning
             if isinstance(block, nn.Dropout):
                 block.p = 0.0
         if unet.time_embedding is not None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from synthrepro.evidence import load_profile, records
+from synthrepro.evidence.claims import judge
 from synthrepro.evidence.scores import current
 from synthrepro.methods import ddpm
 from synthrepro.models.diffusion_unet import diffusion_unet
@@ -34,6 +35,11 @@ def lead(experiment: str, task: str, ratio: str, t: int = 0, against: str = "scr
     ours, theirs = there[task, "decoder", ratio, t], there[task, against, ratio, 0]
     assert len(ours) == len(theirs) == 5
     return [ours[seed] - theirs[seed] for seed in sorted(ours)]
+
+
+def verdict(claim: str, task: str) -> str:
+    (found,) = (v for v in judge("ddpm") if v.claim.id == claim and v.task == task)
+    return found.verdict
 
 
 # ----- the method
@@ -76,6 +82,17 @@ def test_the_decoder_is_ahead_by_a_few_points(ratio: str) -> None:
     assert 0.01 < mean(lead("label_ratio", "abdomen", ratio)) < 0.06
 
 
+def test_the_lead_with_four_slices_is_in_every_seed_and_too_small_for_the_claim() -> None:
+    leads = lead("label_ratio", "abdomen", "0.1")
+    assert min(leads) > 0
+    assert verdict("decoder-beats-scratch-0.1", "abdomen") == "does not hold here"
+
+
+def test_at_one_per_cent_the_seeds_disagree() -> None:
+    leads = lead("label_ratio", "abdomen", "1")
+    assert min(leads) < 0 < max(leads)
+
+
 def test_the_adrenal_glands_are_not_found_with_few_labels() -> None:
     for side in ("right", "left"):
         there = evidence("label_ratio", f"dice_{side} adrenal gland")
@@ -86,6 +103,10 @@ def test_the_adrenal_glands_are_not_found_with_few_labels() -> None:
 
 def test_on_the_hippocampus_training_from_scratch_is_better() -> None:
     assert max(lead("label_ratio", "hippocampus", "1")) < 0
+
+
+def test_on_the_hippocampus_the_verdict_is_inconclusive() -> None:
+    assert verdict("decoder-beats-scratch-real", "hippocampus") == "inconclusive"
 
 
 def test_on_the_hippocampus_two_seeds_of_one_pre_training_lose_a_part() -> None:
