@@ -1,5 +1,8 @@
 """How fast are synthetic images made? Ours, cornucopia and TorchIO on the same stages, one CPU thread, one run.
 
+The last table is SynthFM's images at SAM's size, with targets and prompts; scikit-image's random shapes are a peer of
+the simplest kind. Where there is a GPU, it has rows of its own, in time on the wall.
+
     pip install -e '.[benchmarks]' && python benchmarks/synthesis.py
 
 Prints one Markdown table a comparison: CPU milliseconds an image, median and minimum over the rounds. Methods take
@@ -26,6 +29,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 
 from synthrepro.synthesis import LabelsToImage
+from synthrepro.synthesis.prompts import PointPrompts
+from synthrepro.synthesis.shapes_to_image import ShapesToImage
 
 SIZE, CLASSES, BATCH = 256, 8, 16
 LEARN2SYNTH = LabelsToImage.learn2synth(CLASSES)
@@ -126,6 +131,39 @@ def torchio(stages: str) -> list[Method]:
     ]
 
 
+def synthfm() -> list[Method]:
+    """Images of 1024 x 1024, each with the mask of an object and points in and around it."""
+    points = PointPrompts((1, 3), (0, 2))
+    generator = torch.Generator().manual_seed(0)
+
+    def make(share: float, device: str) -> None:
+        settings = ShapesToImage(boundary=share)
+        _, masks = settings.apply(settings.draw(4, generator), (1024, 1024), device)
+        points.apply(masks, points.draw(4, generator))
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    methods: list[Method] = []
+    for device in ["cpu", "cuda"][: 1 + torch.cuda.is_available()]:
+        for share, modules in ((0.5, "both modules"), (0.0, "shape-aware"), (1.0, "boundary-aware")):
+            name = f"synthrepro, {modules}, batch of 4, {device}"
+            methods.append((name, "geometry, look, noise, target, points", 4, functools.partial(make, share, device)))
+    skimage = peer("skimage")
+    if skimage is not None:
+        from skimage.draw import random_shapes
+        from skimage.util import random_noise
+
+        seeds = iter(range(10**6))
+
+        def drawn() -> None:
+            seed = next(seeds)
+            image, _ = random_shapes((1024, 1024), 9, 3, 41, 307, channel_axis=None, allow_overlap=True, rng=seed)
+            random_noise(image, "gaussian", rng=seed)
+
+        methods.append(("scikit-image, random_shapes and random_noise", "geometry, noise", 1, drawn))
+    return methods
+
+
 def comparisons() -> dict[str, list[Method]]:
     released = f"{GEOMETRY}, mixture smoothed within classes, gamma, blur, quantiles"
     common = f"{GEOMETRY}, mixture, bias, gamma, blur, noise, quantiles"
@@ -144,19 +182,21 @@ def comparisons() -> dict[str, list[Method]]:
             *cornucopia(common, gmm_fwhm=False, gfactor=False),
             *torchio(common),
         ],
+        "SynthFM's images, 1024 x 1024": synthfm(),
     }
 
 
 def measure(methods: list[Method], rounds: int) -> list[list[float]]:
-    """CPU milliseconds an image of every method, one value a round, after one round that is not counted."""
+    """Milliseconds an image of every method, one value a round, after one round that is not counted."""
     times: list[list[float]] = [[] for _ in methods]
     for _ in range(rounds + 1):
-        for kept, (_, _, images, call) in zip(times, methods, strict=True):
+        for kept, (name, _, images, call) in zip(times, methods, strict=True):
             calls = max(BATCH // images // 2, 1)  # single images: eight a round
-            start = time.process_time()
+            clock = time.perf_counter if name.endswith("cuda") else time.process_time
+            start = clock()
             for _ in range(calls):
                 call()
-            kept.append((time.process_time() - start) / (calls * images) * 1e3)
+            kept.append((clock() - start) / (calls * images) * 1e3)
     return [kept[1:] for kept in times]
 
 

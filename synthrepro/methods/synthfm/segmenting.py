@@ -112,8 +112,8 @@ def loss_of(logits: Tensor, iou: Tensor, targets: Tensor, kind: Loss) -> Tensor:
 
     Args:
         logits: (B, 4, h, w); iou: (B, 4); targets: (B, h, w), shares.
-        kind: "dice" is SynthFM's Dice loss; "dice+ce" adds the cross-entropy, as MedSAM does. (SAM has 20 times the
-            focal loss and the Dice loss; small networks of ours were left at empty masks by it.)
+        kind: "dice" is SynthFM's Dice loss; "dice+ce" adds the cross-entropy, as MedSAM does. (SAM itself adds 20
+            times the focal loss.)
     """
     logits, iou = logits.float(), iou.float()
     each = dice_losses(logits, targets)
