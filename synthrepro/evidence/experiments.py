@@ -94,6 +94,8 @@ class Experiment:
         steps: (cell, configuration) -> number of optimisation steps, for `--dry-run`.
         artefacts: name -> builder of what several cells share. `builder(spec, folder, context)` fills the empty
             `folder`; its `context` has a scratch folder of its own, where checkpoints survive until it is built.
+        across_tasks: whether cells of several tasks share artefacts. Their addresses then leave out the code that reads
+            a task, so a builder that reads one has the hash of its data in the spec.
     """
 
     name: str
@@ -103,6 +105,7 @@ class Experiment:
     run: Callable[[Cell, Any, "Context"], Result]
     steps: Callable[[Cell, Any], int]
     artefacts: Mapping[str, Callable[[dict[str, Any], Path, "Context"], None]] = field(default_factory=dict)
+    across_tasks: bool = False
 
 
 def chapters() -> dict[str, str]:

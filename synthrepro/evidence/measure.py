@@ -186,8 +186,9 @@ def _codes_when_loaded(chapter: str, experiment: str, task: str) -> tuple[str, d
 
     Taken once, right after the import: sources edited later make this process's records stale at once.
     """
-    builders = load_chapter(chapter)[experiment].artefacts
-    codes = {name: code_of(chapter, builder.__name__, task) for name, builder in builders.items()}
+    found = load_chapter(chapter)[experiment]
+    reader = None if found.across_tasks else task
+    codes = {name: code_of(chapter, builder.__name__, reader) for name, builder in found.artefacts.items()}
     return code_of(chapter, experiment, task), codes
 
 

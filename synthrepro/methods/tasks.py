@@ -6,6 +6,7 @@ style by a network trained there, if few labels cost something, and if a change 
 
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -427,6 +428,15 @@ def abdomen_run(cell: Cell, config: AbdomenAdmission, context: Context) -> Resul
     return Result(metrics, cases)
 
 
+ABDOMEN_MODALITIES = ("abdomen-mr", "abdomen-us")
+
+
+def abdomen_modalities_cells(config: AbdomenAdmission) -> list[Cell]:
+    """Those of `abdomen_cells` in each of `ABDOMEN_MODALITIES`, every one at a seed before the next seed."""
+    every = [replace(cell, task=task) for task in ABDOMEN_MODALITIES for cell in abdomen_cells(config)]
+    return sorted(every, key=lambda cell: cell.seed)  # cells of one seed stay in order
+
+
 EXPERIMENTS = {
     "admission": Experiment(
         "admission",
@@ -449,6 +459,14 @@ EXPERIMENTS = {
         "Is the task abdomen worth a method's trouble? Trivial predictors, oracle, learning curve",
         AbdomenAdmission,
         abdomen_cells,
+        abdomen_run,
+        lambda cell, config: config.steps,
+    ),
+    "abdomen_modalities_admission": Experiment(
+        "abdomen_modalities_admission",
+        "Are the tasks abdomen-mr and abdomen-us worth a method's trouble? As abdomen_admission, in each",
+        AbdomenAdmission,
+        abdomen_modalities_cells,
         abdomen_run,
         lambda cell, config: config.steps,
     ),

@@ -420,6 +420,25 @@ def fresh_decoder(sam: Sam, generator: torch.Generator, prompts: Literal["kept",
             sam.prompt_encoder = _prompt_encoder(sam.size).train(sam.training).to(device)
 
 
+def align_attention(sam: Sam) -> None:
+    """Let the attention between tokens and image begin with equal projections of queries and keys, in place.
+
+    Then a prompt's token and the image's tokens attend to each other from the start where their positional encodings
+    are alike, that is, near the prompt. Meta's modules draw the two apart, and training first has to find out what a
+    position is, which takes a small network long: this is ours, for decoders that begin from nothing and learn from
+    thousands of images rather than millions.
+    """
+    transformer = sam.mask_decoder.transformer
+    between = [
+        part
+        for layer in transformer.layers
+        for part in (layer.cross_attn_token_to_image, layer.cross_attn_image_to_token)
+    ]
+    with torch.no_grad():
+        for attention in [*between, transformer.final_attn_token_to_image]:
+            attention.k_proj.load_state_dict(attention.q_proj.state_dict())
+
+
 def freeze_encoder(sam: Sam) -> None:
     """Let no gradient reach the image encoder; the prompt encoder, which has weights as well, is left as it is."""
     sam.image_encoder.requires_grad_(False)

@@ -9,7 +9,6 @@ ranges of the generator are not public.
 from synthrepro.evidence import Experiment
 from synthrepro.methods.synthfm.arms import ARMS, RANGES, Arm, ArmSettings, draw_images, drawn, train_decoder, trained
 from synthrepro.methods.synthfm.experiments import (
-    PROMPTS,
     Block,
     Table,
     answers_of,
@@ -17,6 +16,7 @@ from synthrepro.methods.synthfm.experiments import (
     shown,
     table_cells,
     table_run,
+    table_steps,
 )
 from synthrepro.methods.synthfm.segmenting import Prompt, TrainSettings, answer, loss_of, small, train
 from synthrepro.methods.synthfm.starts import Prompting, SamSettings, natural, start, start_spec, train_promptable
@@ -25,7 +25,6 @@ from synthrepro.methods.synthfm.structures import Structures, few, rows_of_subje
 __all__ = [
     "ARMS",
     "EXPERIMENTS",
-    "PROMPTS",
     "RANGES",
     "Arm",
     "ArmSettings",
@@ -52,6 +51,7 @@ __all__ = [
     "structures_of",
     "table_cells",
     "table_run",
+    "table_steps",
     "train",
     "train_decoder",
     "train_promptable",
@@ -67,8 +67,9 @@ EXPERIMENTS = {
             Table,
             table_cells,
             table_run,
-            lambda cell, config: config.train.steps,
+            table_steps,
             {"promptable": train_promptable, "images": draw_images, "decoder": train_decoder},
+            across_tasks=True,
         ),
         Experiment(
             "modules",
@@ -76,17 +77,19 @@ EXPERIMENTS = {
             Table,
             table_cells,
             table_run,
-            lambda cell, config: config.train.steps,
+            table_steps,
             {"promptable": train_promptable, "images": draw_images, "decoder": train_decoder},
+            across_tasks=True,
         ),
         Experiment(
             "encoder",
-            "The encoder frozen, trained too, or random",
+            "What is trained, by which loss: encoder, prompt encoder, decoder",
             Table,
             table_cells,
             table_run,
-            lambda cell, config: config.train.steps,
+            table_steps,
             {"promptable": train_promptable, "images": draw_images, "decoder": train_decoder},
+            across_tasks=True,
         ),
         Experiment(
             "ranges",
@@ -94,8 +97,9 @@ EXPERIMENTS = {
             Table,
             table_cells,
             table_run,
-            lambda cell, config: config.train.steps,
+            table_steps,
             {"promptable": train_promptable, "images": draw_images, "decoder": train_decoder},
+            across_tasks=True,
         ),
         Experiment(
             "boxes",
@@ -103,8 +107,9 @@ EXPERIMENTS = {
             Table,
             table_cells,
             table_run,
-            lambda cell, config: config.train.steps,
+            table_steps,
             {"promptable": train_promptable, "images": draw_images, "decoder": train_decoder},
+            across_tasks=True,
         ),
     )
 }

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from synthrepro.data import Split, Task, check_task, load_task
 from synthrepro.evidence import Cell, Context
-from synthrepro.methods.synthfm.segmenting import Loss, TrainSettings, train
+from synthrepro.methods.synthfm.segmenting import Kind, Loss, TrainSettings, train, unfrozen
 from synthrepro.methods.synthfm.starts import StartSettings, Target, natural, start
 from synthrepro.methods.synthfm.structures import Structures, structures_of
-from synthrepro.models.sam import SIZES, embed, freeze_encoder, fresh_decoder, sam
+from synthrepro.models.sam import SIZES, align_attention, embed, freeze_encoder, fresh_decoder, sam
 from synthrepro.synthesis.shapes_to_image import ShapesToImage
 from synthrepro.training import seeded, stream
 
@@ -43,7 +43,7 @@ class Arm:
     encoder: Literal["frozen", "trained", "random"] = "frozen"
     decoder: Literal["fresh", "both", "kept"] = "fresh"
     loss: Loss | None = None
-    kinds: tuple[Literal["points", "box", "mask"], ...] | None = None
+    kinds: tuple[Kind, ...] | None = None
 
 
 ARMS = {
@@ -69,11 +69,11 @@ class ArmSettings(StartSettings):
 
     Attributes:
         train: how arms are trained.
-        pool: synthetic images that are made and encoded once, for arms whose encoder is frozen; null for new images in
-            every iteration, as the paper has it.
+        pool: drawn images that are made once, of which every iteration takes some at random; a frozen encoder encodes
+            them once, too. null for new images in every iteration, as the paper has it.
         tasks: name of a task -> its options.
         supervised: "embedded" and "real" -> tasks whose training images a supervised arm learns from, which are those
-            of the family of the task it is tested on.
+            of the family of the task it is tested on; all of them must be there.
     """
 
     train: TrainSettings
@@ -89,14 +89,13 @@ def task_of(name: str, config: ArmSettings) -> Task:
 
 def as_it_starts(arm: Arm, model: str, seed: int, config: StartSettings, context: Context) -> tuple[Sam, str]:
     """An arm's SAM as its training starts, on the CPU, with what is frozen frozen, and the address of its start."""
-    build = stream(seed, "decoder")
+    network, address = start(model, seed, config, context)
     if arm.encoder == "random":
-        shape = config.sam.size() if model == "promptable" else SIZES[model]
-        network, address = seeded(lambda: sam(shape), build), "random"
-    else:
-        network, address = start(model, seed, config, context)
+        fresh: Any = seeded(lambda: sam(network.size), stream(seed, "encoder"))
+        network.image_encoder = fresh.image_encoder
     if arm.decoder != "kept":
-        fresh_decoder(network, build, "fresh" if arm.decoder == "both" else "kept")
+        fresh_decoder(network, stream(seed, "decoder"), "fresh" if arm.decoder == "both" else "kept")
+        align_attention(network)
     network.requires_grad_(True)
     if arm.encoder != "trained":
         freeze_encoder(network)
@@ -115,7 +114,7 @@ def trained(cell: Cell, task: str, config: ArmSettings, context: Context) -> Sam
     network, address = as_it_starts(arm, model, cell.seed, config, context)
     if arm.images is not None:
         spec: dict[str, Any] = {"method": cell.method, "model": model, "seed": cell.seed, "start": address}
-        spec |= {"config": only(config, arm, task), "ranges": "ours", "data": {}}
+        spec |= {"config": only(config, arm, model, task), "ranges": "ours", "data": {}}
         if arm.images == "synthetic":
             spec["ranges"] = cell.setting["ranges"]
         if arm.images == "medical":
@@ -129,15 +128,16 @@ def trained(cell: Cell, task: str, config: ArmSettings, context: Context) -> Sam
     return network.to(context.device).eval()
 
 
-def only(config: ArmSettings, arm: Arm, task: str) -> dict[str, Any]:
+def only(config: ArmSettings, arm: Arm, model: str, task: str) -> dict[str, Any]:
     """The configuration as JSON, without what this arm's training does not depend on."""
     dump = config.model_dump(mode="json", include=set(ArmSettings.model_fields))
     if arm.kinds:
         dump["train"]["kinds"] = list(arm.kinds)
     if arm.loss:
         dump["train"]["loss"] = arm.loss
-    if arm.encoder == "trained" or arm.images == "medical":
+    if arm.images == "medical":
         dump["pool"] = None
+    dump["checkpoints"] = {name: file for name, file in dump["checkpoints"].items() if name == model}
     family = check_task(task).family
     names = config.supervised[family] if arm.images == "medical" else ()
     dump["supervised"] = {family: list(names)} if names else {}
@@ -163,15 +163,14 @@ def train_decoder(spec: dict[str, Any], folder: Path, context: Context) -> None:
     def images_of(k: int) -> tuple[Tensor, Tensor]:
         if arm.images == "medical":
             return medical(sources, batch, seed, k, device)
-        return drawn(arm, spec["ranges"], batch, side, target, seed, k, device)
+        return drawn(arm, spec["ranges"], batch, side, target, stream(seed, f"images {k}"), device)
 
     batches: Any = images_of
     encode: Any = lambda images: embed(network, images)  # noqa: E731
     if arm.images == "medical":
         tasks = [task_of(name, config) for name in spec["data"]]
-        sources = [
-            (t.splits["train"], structures_of(t.splits["train"], len(t.classes), target.smallest)) for t in tasks
-        ]
+        splits = [(task.splits["train"], len(task.classes)) for task in tasks]
+        sources = [(split, structures_of(split, classes, target.smallest)) for split, classes in splits]
     elif config.pool is not None:
         images, masks = pooled(arm, spec, config, context)
         if arm.encoder != "trained":
@@ -183,23 +182,18 @@ def train_decoder(spec: dict[str, Any], folder: Path, context: Context) -> None:
 
     prompting = config.prompting
     trail = train(network, batches, encode, prompting.points(), prompting.boxes(), config.train, seed, context)
-    kept = {
-        name: value.cpu()
-        for name, value in network.state_dict().items()
-        if arm.encoder == "trained" or not name.startswith("image_encoder.")
-    }
-    torch.save(kept, folder / "trained.pt")
+    torch.save({name: value.cpu() for name, value in unfrozen(network).items()}, folder / "trained.pt")
     torch.save(torch.tensor(trail), folder / "trail.pt")
 
 
 def drawn(
-    arm: Arm, ranges: str, count: int, side: int, target: Target, seed: int, k: int, device: torch.device
+    arm: Arm, ranges: str, count: int, side: int, target: Target, random: torch.Generator, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Batch k of an arm's drawn images: (B, 1 or 3, side, side) in [0, 1], and masks (B, side, side)."""
+    """A batch of an arm's drawn images: (B, 1 or 3, side, side) in [0, 1], and masks (B, side, side)."""
     if arm.images == "leaves":
-        return natural(count, 0.0, side, target, seed, k, device)
+        return natural(count, 0.0, side, target, random, device)
     generator = ShapesToImage(boundary=arm.boundary, smallest=target.smallest, largest=target.largest)
-    return generator.scaled(RANGES[ranges])(count, (side, side), stream(seed, f"synthetic {k}"), device)
+    return generator.scaled(RANGES[ranges])(count, (side, side), random, device)
 
 
 def pooled(arm: Arm, spec: dict[str, Any], config: ArmSettings, context: Context) -> tuple[Tensor, Tensor]:
@@ -222,8 +216,8 @@ def draw_images(spec: dict[str, Any], folder: Path, context: Context) -> None:
     arm = Arm("", images=spec["images"], boundary=spec["boundary"])
     parts = []
     for k in context.progress(range(-(-spec["count"] // POOL_BATCH)), "drawing"):
-        target = Target(**spec["target"])
-        images, masks = drawn(arm, spec["ranges"], POOL_BATCH, spec["side"], target, spec["seed"], k, context.device)
+        target, random = Target(**spec["target"]), stream(spec["seed"], f"images {k}")
+        images, masks = drawn(arm, spec["ranges"], POOL_BATCH, spec["side"], target, random, context.device)
         parts.append((images.half().cpu(), masks.to(torch.uint8).cpu()))
     images, masks = (torch.cat(part)[: spec["count"]] for part in zip(*parts, strict=True))
     torch.save({"images": images, "masks": masks}, folder / "images.pt")

@@ -9,20 +9,21 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from synthrepro.data import Split, abdomen, abdomen_mr, abdomen_us
 from synthrepro.evidence import Cell, Config, Context, Result
-from synthrepro.methods.synthfm.arms import ArmSettings, task_of, trained
+from synthrepro.methods.synthfm.arms import ARMS, ArmSettings, task_of, trained
 from synthrepro.methods.synthfm.segmenting import Prompt, answer
-from synthrepro.methods.synthfm.structures import Structures, few, rows_of_subjects, structures_of
+from synthrepro.methods.synthfm.structures import Structures, few, groups, mean_of, rows_of_subjects, structures_of
 from synthrepro.models.sam import by_oracle, by_predicted_iou, embed, from_side, single
 from synthrepro.synthesis.prompts import BoxPrompts, PointPrompts
 from synthrepro.training import stream
 
 Modality = Literal["ct", "mr", "us"]
-PROMPTS = ("1,0", "3,0", "1,2", "3,2", "box", "box,1,0", "mask")
+Prompts = Literal["1,0", "3,0", "1,2", "3,2", "box", "box,1,0", "mask"]
 MOST = (3, 2)  # points inside and outside of a structure that are drawn; fewer are the first of them
 
 # The task `abdomen` has three renderings of the same people, each a task of its own; a real task has one modality.
-RENDERINGS = {"ct": "abdomen", "mr": "abdomen-mr", "us": "abdomen-us"}
+RENDERINGS = {"ct": abdomen, "mr": abdomen_mr, "us": abdomen_us}  # modules, so that records know their code
 
 
 class Block(Config):
@@ -31,7 +32,7 @@ class Block(Config):
     Attributes:
         tasks: "abdomen" is shown in each of `modalities`; other tasks have one, which is all that is listed then.
         arms: of :data:`~synthrepro.methods.synthfm.arms.ARMS`.
-        prompts: of `PROMPTS`: points inside and outside, "box", "box,1,0" (a box and a point), or "mask": a point, and
+        prompts: points inside and outside, "box", "box,1,0" (a box and a point), or "mask": a point, and
             then the same point with the answer to it as a mask prompt.
         models: what decoders start from, "promptable" for the baseline or a key of `checkpoints`.
         ranges: of the generator: "halved", "ours" or "doubled".
@@ -40,7 +41,7 @@ class Block(Config):
     tasks: tuple[str, ...]
     modalities: tuple[Modality, ...]
     arms: tuple[str, ...]
-    prompts: tuple[str, ...] = ("1,0",)
+    prompts: tuple[Prompts, ...] = ("1,0",)
     models: tuple[str, ...] = ("promptable",)
     ranges: tuple[str, ...] = ("ours",)
     seeds: int
@@ -76,7 +77,14 @@ def table_cells(config: Table) -> list[Cell]:
 
 def shown(cell: Cell) -> str:
     """The task a cell is tested on."""
-    return RENDERINGS[str(cell.setting["modality"])] if cell.task == "abdomen" else cell.task
+    if cell.task != "abdomen":
+        return cell.task
+    return RENDERINGS[str(cell.setting["modality"])].__name__.rpartition(".")[2].replace("_", "-")
+
+
+def table_steps(cell: Cell, config: Table) -> int:
+    """Iterations that a cell's arm is trained for."""
+    return config.train.steps if ARMS[cell.method].images else 0
 
 
 def table_run(cell: Cell, config: Table, context: Context) -> Result:
@@ -100,7 +108,7 @@ def table_run(cell: Cell, config: Table, context: Context) -> Result:
         for score in dict.fromkeys(key for case in cases for key in case if key not in ("subject", "split"))
     }
     metrics["structures"] = len(structures)
-    metrics |= trivial(structures, config, cell.seed)
+    metrics |= trivial(structures, split, config, cell.seed)
     return Result(metrics, cases)
 
 
@@ -132,7 +140,7 @@ def answers_of(
     context: Context,
     batch: int = 16,
 ) -> dict[str, Tensor]:
-    """Binary masks (T, H, W), int64, on the CPU: what the model chooses (""), "oracle" and "single".
+    """Binary masks (T, H, W), bool, on the CPU: what the model chooses (""), "oracle" and "single".
 
     An image is encoded once, however many structures it has.
     """
@@ -141,7 +149,7 @@ def answers_of(
     wanted = structures.images.unique()
     found: dict[str, list[Tensor]] = {"": [], "oracle": [], "single": []}
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        parts = [embed(network, images[rows].to(device)).float() for rows in wanted.split(batch)]
+        parts = [embed(network, images[rows].to(device)).float() for rows in wanted.split(max(batch // 4, 1))]
     places = torch.searchsorted(wanted, structures.images)
     embeddings = torch.cat(parts)
     for rows in torch.arange(len(structures)).split(batch):
@@ -149,13 +157,13 @@ def answers_of(
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             logits, iou = answer(network, embeddings[places[rows]], prompt, size)
         large = from_side(logits.float(), size, side)
-        found[""].append((by_predicted_iou(large, iou) > 0).long().cpu())
-        found["single"].append((single(large, iou) > 0).long().cpu())
-        found["oracle"].append((by_oracle(large, structures.masks(rows).to(device)) > 0).long().cpu())
+        found[""].append((by_predicted_iou(large, iou) > 0).cpu())
+        found["single"].append((single(large, iou) > 0).cpu())
+        found["oracle"].append((by_oracle(large, structures.masks(rows).to(device)) > 0).cpu())
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
-def trivial(structures: Structures, config: ArmSettings, seed: int) -> dict[str, float]:
+def trivial(structures: Structures, split: Split, config: ArmSettings, seed: int) -> dict[str, float]:
     """Dice of answers that do not look at the image."""
     masks = structures.masks(torch.arange(len(structures)))
     prompt = prompts_of(structures, "1,0", config, seed)(torch.arange(len(structures)))
@@ -167,7 +175,8 @@ def trivial(structures: Structures, config: ArmSettings, seed: int) -> dict[str,
 
     def dice(answer: Tensor) -> float:
         overlap = (answer & (masks == 1)).sum((1, 2))
-        return float((2 * overlap / (answer.sum((1, 2)) + masks.sum((1, 2)))).mean())
+        each = 2 * overlap / (answer.sum((1, 2)) + masks.sum((1, 2)))
+        return float(np.mean([mean_of(each, by_class) for by_class in groups(structures, split).values()]))
 
     radii = torch.logspace(-2, 0, 17) * min(height, width) / 2
     everything = torch.ones_like(masks, dtype=torch.bool)

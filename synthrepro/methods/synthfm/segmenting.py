@@ -18,7 +18,7 @@ from synthrepro.models.sam import by_predicted_iou, decode, encode_prompts, to_s
 from synthrepro.synthesis.prompts import BoxPrompts, PointPrompts
 from synthrepro.training import stream
 
-KINDS = ("points", "box", "mask")
+Kind = Literal["points", "box", "mask"]
 Loss = Literal["dice", "dice+ce"]
 
 
@@ -44,8 +44,8 @@ class TrainSettings(Config):
 
     Attributes:
         steps: iterations; `batch`: images of each.
-        lr: of AdamW, for the decoder; encoder_lr: for the encoder, where it is trained. Both rise linearly over
-            `warm_up` iterations and fall linearly to zero.
+        lr: of AdamW, for the decoder; encoder_lr: for the encoder, where it is trained. Both fall linearly to
+            zero, times a linear rise over the first `warm_up` iterations.
         weight_decay: of AdamW.
         kinds: prompts that iterations take turns with: "points", "box" (SAM takes a point or a box of equal chance)
             and "mask" (points, then the same points with the first answer).
@@ -59,7 +59,7 @@ class TrainSettings(Config):
     encoder_lr: float
     warm_up: int
     weight_decay: float
-    kinds: tuple[Literal["points", "box", "mask"], ...]
+    kinds: tuple[Kind, ...]
     loss: Loss
     precision: Literal["no", "bf16"]
 
@@ -103,6 +103,14 @@ def dice_losses(logits: Tensor, targets: Tensor) -> Tensor:
     return 1 - (2 * (p * y).sum(-1) + 1) / (p.sum(-1) + y.sum(-1) + 1)
 
 
+def balanced_cross_entropies(logits: Tensor, targets: Tensor) -> Tensor:
+    """Binary cross-entropy of each answer, half its mean over the object and half over the rest: to (B, M)."""
+    y = targets.flatten(1)[:, None].expand(-1, logits.shape[1], -1)
+    each = F.binary_cross_entropy_with_logits(logits.flatten(2), y, reduction="none")
+    inside, outside = (each * y).sum(-1), (each * (1 - y)).sum(-1)
+    return (inside / y.sum(-1).clamp_min(1) + outside / (1 - y).sum(-1).clamp_min(1)) / 2
+
+
 def loss_of(logits: Tensor, iou: Tensor, targets: Tensor, kind: Loss) -> Tensor:
     """The loss of a batch of answers.
 
@@ -112,14 +120,14 @@ def loss_of(logits: Tensor, iou: Tensor, targets: Tensor, kind: Loss) -> Tensor:
 
     Args:
         logits: (B, 4, h, w); iou: (B, 4); targets: (B, h, w), shares.
-        kind: "dice" is SynthFM's Dice loss; "dice+ce" adds the cross-entropy, as MedSAM does. (SAM itself adds 20
-            times the focal loss.)
+        kind: "dice" is SynthFM's Dice loss; "dice+ce" adds a cross-entropy, as MedSAM does, of object and
+            background in equal parts: else a fresh decoder soon answers nothing at all, or everything, and stays there
+            for long, since objects are small. (SAM itself adds 20 times the focal loss.)
     """
     logits, iou = logits.float(), iou.float()
     each = dice_losses(logits, targets)
     if kind == "dice+ce":
-        y = targets[:, None].expand_as(logits)
-        each = each + F.binary_cross_entropy_with_logits(logits, y, reduction="none").flatten(2).mean(-1)
+        each = each + balanced_cross_entropies(logits, targets)
     with torch.no_grad():
         found, there = logits > 0, (targets > 0.5)[:, None]
         true = (found & there).sum((2, 3)) / (found | there).sum((2, 3)).clamp_min(1)
@@ -160,7 +168,7 @@ def train(
     start, trail = 0, []
     if saved := context.load("training"):
         start, trail = saved["step"], saved["trail"]
-        sam.load_state_dict(saved["sam"])
+        sam.load_state_dict(saved["sam"], strict=False)
         optimiser.load_state_dict(saved["optimiser"])
     sam.train()
     for k in context.progress(range(start, config.steps), "training"):
@@ -178,10 +186,16 @@ def train(
         if k % 10 == 0:
             trail.append(float(value.detach()))
         if context.checkpoint_due():
-            states = {"sam": sam.state_dict(), "optimiser": optimiser.state_dict()}
+            states = {"sam": unfrozen(sam), "optimiser": optimiser.state_dict()}
             context.save("training", {"step": k + 1, "trail": trail} | states)
     sam.eval()
     return trail
+
+
+def unfrozen(sam: Sam) -> dict[str, Tensor]:
+    """The state of all but an image encoder that is frozen."""
+    frozen = not any(p.requires_grad for p in sam.image_encoder.parameters())
+    return {name: x for name, x in sam.state_dict().items() if not (frozen and name.startswith("image_encoder."))}
 
 
 def training_prompt(masks: Tensor, kind: str, points: PointPrompts, boxes: BoxPrompts, seed: int, k: int) -> Prompt:

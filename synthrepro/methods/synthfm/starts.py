@@ -16,7 +16,7 @@ from synthrepro.data.photographs import Crops
 from synthrepro.errors import UserError
 from synthrepro.evidence import Config, Context
 from synthrepro.methods.synthfm.segmenting import TrainSettings, train
-from synthrepro.models.sam import SIZES, SamSize, checkpoint_hash, embed, is_official, load_sam, sam
+from synthrepro.models.sam import OFFICIAL, SIZES, SamSize, align_attention, checkpoint_hash, embed, load_sam, sam
 from synthrepro.synthesis.dead_leaves import DeadLeaves
 from synthrepro.synthesis.label_maps import choose_target
 from synthrepro.synthesis.prompts import BoxPrompts, PointPrompts
@@ -113,16 +113,15 @@ def start(model: str, seed: int, config: StartSettings, context: Context) -> tup
     """
     if model == "promptable":
         folder = context.artefact("promptable", start_spec(seed, config))
-        network = sam(config.sam.size())
-        network.load_state_dict(torch.load(folder / "sam.pt", weights_only=True))
-        return network, folder.name
+        return load_sam(folder / "sam.pt", config.sam.size()), folder.name
     file = config.checkpoints.get(model)
     if file is None:
         raise UserError(f"Model {model!r} needs SAM's weights: name the file of {model} under `checkpoints`.")
-    if not is_official(Path(file)):
+    digest = checkpoint_hash(Path(file))
+    if digest not in OFFICIAL.values():
         raise UserError(f"{file} does not have the checksum of a published checkpoint of SAM: download it again.")
     network = load_sam(Path(file), SIZES[model])
-    address = f"sam-{checkpoint_hash(Path(file))[:16]}"
+    address = f"sam-{digest[:16]}"
     context.artefacts = sorted({*context.artefacts, address})
     return network, address
 
@@ -138,10 +137,12 @@ def train_promptable(spec: dict[str, Any], folder: Path, context: Context) -> No
     settings, prompting = TrainSettings(**spec["pretrain"]), Prompting(**spec["prompting"])
     seed, device = spec["seed"], context.device
     network: Any = seeded(lambda: sam(shape.size()), stream(seed, "promptable")).to(device)
+    align_attention(network)
     network.requires_grad_(True)
 
     def batches(k: int) -> tuple[Tensor, Tensor]:
-        return natural(settings.batch, spec["photographs"], shape.side, Target(**spec["target"]), seed, k, device)
+        generator = stream(seed, f"pre-training images {k}")
+        return natural(settings.batch, spec["photographs"], shape.side, Target(**spec["target"]), generator, device)
 
     trail = train(
         network,
@@ -158,10 +159,9 @@ def train_promptable(spec: dict[str, Any], folder: Path, context: Context) -> No
 
 
 def natural(
-    count: int, photographs: float, side: int, target: Target, seed: int, k: int, device: torch.device
+    count: int, photographs: float, side: int, target: Target, generator: torch.Generator, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Batch k of the baseline's training images: (B, 3, side, side) in [0, 1], and masks (B, side, side)."""
-    generator = stream(seed, f"natural {k}")
+    """A batch of crops of photographs and of dead leaves: (B, 3, side, side) in [0, 1], and masks (B, side, side)."""
     crops = round(count * photographs)
     parts = []
     if crops:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from synthrepro import metrics
 from synthrepro.data import Split
+from synthrepro.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,16 @@ def structures_of(split: Split, classes: int, smallest: float) -> Structures:
 
     Args:
         smallest: Area from which on a structure counts, in shares of the image.
+
+    Raises:
+        UserError: No structure is so large.
     """
-    keep = KeepLargestConnectedComponent(applied_labels=list(range(1, classes)), is_onehot=False, connectivity=2)
+    keep = KeepLargestConnectedComponent(applied_labels=list(range(1, classes)), is_onehot=False, connectivity=1)
     labels = torch.stack([torch.as_tensor(np.asarray(keep(label[None])))[0].long() for label in split.labels])
     areas = torch.stack([(labels == c).flatten(1).sum(1) for c in range(1, classes)], 1)  # (N, K - 1)
     found = (areas >= max(smallest * labels[0].numel(), 1)).nonzero()
+    if not len(found):
+        raise UserError(f"No structure has {smallest:g} of its image's area: lower `smallest`.")
     return Structures(labels, found[:, 0], found[:, 1] + 1)
 
 
@@ -83,33 +89,43 @@ def rows_of_subjects(
     """Every score of every subject.
 
     Args:
-        answers: Binary masks (T, H, W), one a structure: "" the answer that counts, others by a name of their own.
+        answers: Binary masks (T, H, W), bool, one a structure: "" the answer that counts, others by their names.
         name: Of the split.
         spacing: Side of a pixel in mm, also the tolerance of the surface Dice.
 
     Returns:
         A dictionary a subject: means over its images and then over its structures. ``dice``, ``jaccard``,
         ``surface_dice``, ``hausdorff95`` and ``dice_<structure>`` are of the answer that counts; ``dice_<name>`` is of
-        the other answers. A structure that a subject has in no image is missing.
+        the other answers. A structure that a subject has in no image is missing, and so is a subject without any.
     """
-    truth = structures.masks(torch.arange(len(structures)))
+    truth, answer = structures.masks(torch.arange(len(structures))), answers[""].long()
     scores = {
-        "dice": metrics.dice(answers[""], truth, 2)[:, 0],
-        "jaccard": metrics.jaccard(answers[""], truth, 2)[:, 0],
-        "surface_dice": metrics.surface_dice(answers[""], truth, 2, spacing, spacing)[:, 0].nan_to_num(0.0),
-        "hausdorff95": metrics.hausdorff95(answers[""], truth, 2, spacing)[:, 0],
+        "dice": metrics.dice(answer, truth, 2)[:, 0],
+        "jaccard": metrics.jaccard(answer, truth, 2)[:, 0],
+        "surface_dice": metrics.surface_dice(answer, truth, 2, spacing, spacing)[:, 0].nan_to_num(0.0),
+        "hausdorff95": metrics.hausdorff95(answer, truth, 2, spacing)[:, 0],
     }
     diagonal = spacing * math.hypot(*truth.shape[1:])  # of an empty answer
     scores["hausdorff95"] = scores["hausdorff95"].nan_to_num(diagonal, diagonal)
-    scores |= {f"dice_{key}": metrics.dice(other, truth, 2)[:, 0] for key, other in answers.items() if key}
-    subjects = np.array(split.subjects)[structures.images.numpy()]
+    scores |= {f"dice_{key}": metrics.dice(other.long(), truth, 2)[:, 0] for key, other in answers.items() if key}
     rows = []
-    for subject in dict.fromkeys(subjects.tolist()):
-        of = torch.from_numpy(subjects == subject)
-        by_class = {c: of & (structures.classes == c) for c in structures.classes[of].unique().tolist()}
-        row = {
-            key: float(np.mean([float(values[i].mean()) for i in by_class.values()])) for key, values in scores.items()
-        }
-        row |= {f"dice_{classes[c].lower()}": float(scores["dice"][i].mean()) for c, i in by_class.items()}
+    for subject, by_class in groups(structures, split).items():
+        row = {key: mean_of(values, by_class) for key, values in scores.items()}
+        row |= {f"dice_{classes[c].lower()}": float(scores["dice"][of].mean()) for c, of in by_class.items()}
         rows.append({"subject": subject, "split": name} | {key: round(value, 5) for key, value in row.items()})
     return rows
+
+
+def groups(structures: Structures, split: Split) -> dict[str, dict[int, Tensor]]:
+    """Subject -> class -> which structures (T,) are that subject's of that class."""
+    subjects = np.array(split.subjects)[structures.images.numpy()]
+    found = {}
+    for subject in dict.fromkeys(subjects.tolist()):
+        of = torch.from_numpy(subjects == subject)
+        found[subject] = {c: of & (structures.classes == c) for c in structures.classes[of].unique().tolist()}
+    return found
+
+
+def mean_of(values: Tensor, by_class: dict[int, Tensor]) -> float:
+    """Mean over a subject's classes of the mean over the class's images, of values (T,) of structures."""
+    return float(np.mean([float(values[of].mean()) for of in by_class.values()]))
