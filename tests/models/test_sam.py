@@ -574,3 +574,32 @@ def test_a_fresh_decoder_learns_a_square_from_a_point():
         optimiser.step()
     found = single(*decode(network, embeddings, *prompts)) > 0
     assert (found == truth.bool()).float().mean() > 0.97
+
+
+def test_aligned_attention_looks_where_the_prompt_is_before_any_training():
+    """Scores of a point's token and the image's tokens are highest near the point, of positional encodings alone."""
+    network = tiny(size=dataclasses.replace(TINY, prompt_dim=64))
+    module.align_attention(network)
+    encoder, attention = network.prompt_encoder, network.mask_decoder.transformer.layers[0].cross_attn_token_to_image
+    grid = encoder.image_embedding_size[0]
+    positions = encoder.get_dense_pe()[0].flatten(1).T  # (hw, C)
+    with torch.no_grad():
+        keys, queries = attention.k_proj(positions), attention.q_proj(positions)
+        keys, queries = keys - keys.mean(0), queries - queries.mean(0)
+        scores = queries @ keys.T  # of every place with every other
+    place = torch.arange(grid)
+    rows, columns = (x.flatten().float() for x in torch.meshgrid(place, place, indexing="ij"))
+    distance = (rows[:, None] - rows).abs() + (columns[:, None] - columns).abs()
+    near, far = scores[distance <= 1].mean(), scores[distance >= grid // 2].mean()
+    assert near > 0 > far
+    # symmetric and without a negative eigenvalue, as it cannot be where queries and keys are drawn apart
+    torch.testing.assert_close(scores, scores.T, atol=1e-5, rtol=1e-4)
+
+
+def test_alignment_changes_the_keys_between_tokens_and_image_and_nothing_else():
+    network, same = tiny(), tiny()
+    module.align_attention(network)
+    before, after = same.state_dict(), network.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all("k_proj" in name and ("cross_attn" in name or "final_attn" in name) for name in changed)

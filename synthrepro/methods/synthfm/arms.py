@@ -138,9 +138,12 @@ def only(config: ArmSettings, arm: Arm, model: str, task: str) -> dict[str, Any]
     if arm.images == "medical":
         dump["pool"] = None
     dump["checkpoints"] = {name: file for name, file in dump["checkpoints"].items() if name == model}
-    family = check_task(task).family
-    names = config.supervised[family] if arm.images == "medical" else ()
-    dump["supervised"] = {family: list(names)} if names else {}
+    names: tuple[str, ...] = ()
+    dump["supervised"] = {}
+    if arm.images == "medical":
+        family = check_task(task).family
+        names = config.supervised[family]
+        dump["supervised"] = {family: list(names)}
     dump["tasks"] = {name: options for name, options in dump["tasks"].items() if name in names}
     return dump
 

@@ -6,12 +6,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from synthrepro.data import Split, abdomen, abdomen_mr, abdomen_us
 from synthrepro.evidence import Cell, Config, Context, Result
-from synthrepro.methods.synthfm.arms import ARMS, ArmSettings, task_of, trained
+from synthrepro.methods.synthfm.arms import ARMS, RANGES, ArmSettings, task_of, trained
 from synthrepro.methods.synthfm.segmenting import Prompt, answer
 from synthrepro.methods.synthfm.structures import Structures, few, groups, mean_of, rows_of_subjects, structures_of
 from synthrepro.models.sam import by_oracle, by_predicted_iou, embed, from_side, single
@@ -45,6 +45,13 @@ class Block(Config):
     models: tuple[str, ...] = ("promptable",)
     ranges: tuple[str, ...] = ("ours",)
     seeds: int
+
+    @model_validator(mode="after")
+    def _known(self) -> "Block":
+        for names, known in ((self.arms, ARMS), (self.ranges, RANGES)):
+            if unknown := [name for name in names if name not in known]:
+                raise ValueError(f"{unknown[0]!r} is none of {', '.join(known)}")
+        return self
 
 
 class Table(ArmSettings):

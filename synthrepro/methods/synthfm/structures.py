@@ -61,7 +61,7 @@ def structures_of(split: Split, classes: int, smallest: float) -> Structures:
         UserError: No structure is so large.
     """
     keep = KeepLargestConnectedComponent(applied_labels=list(range(1, classes)), is_onehot=False, connectivity=1)
-    labels = torch.stack([torch.as_tensor(np.asarray(keep(label[None])))[0].long() for label in split.labels])
+    labels = torch.stack([torch.as_tensor(np.asarray(keep(label[None].clone())))[0].long() for label in split.labels])
     areas = torch.stack([(labels == c).flatten(1).sum(1) for c in range(1, classes)], 1)  # (N, K - 1)
     found = (areas >= max(smallest * labels[0].numel(), 1)).nonzero()
     if not len(found):
