@@ -52,9 +52,13 @@ def above_disc(task: str, modality: str, arm: str, prompts: str) -> list[float]:
     return [dice[key][seed] - disc[key][seed] for seed in sorted(dice[key])]
 
 
+@cache
+def verdicts() -> dict[str, str]:
+    return {found.claim.id: found.verdict for found in judge("synthfm")}
+
+
 def verdict(claim: str) -> str:
-    (found,) = (v for v in judge("synthfm") if v.claim.id == claim)
-    return found.verdict
+    return verdicts()[claim]
 
 
 # ----- the method
@@ -132,3 +136,36 @@ def test_on_real_ultrasound_with_three_points_it_is_above_the_disc_as_the_baseli
 @pytest.mark.parametrize(("task", "modality"), [("abdomen-ct", "ct"), ("hippocampus", "mr"), ("brain-oasis", "mr")])
 def test_on_other_real_tasks_it_is_behind_or_level(task: str, modality: str) -> None:
     assert all(mean(lead("zero_shot", task, modality, prompts)) < 0.01 for prompts in PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("task", "modality"),
+    [*(("abdomen", m) for m in MODALITIES), ("abdomen-ct", "ct"), ("hippocampus", "mr"), ("brain-oasis", "mr")],
+)
+def test_the_boundary_aware_module_alone_is_best_and_the_shape_aware_one_alone_worst(task: str, modality: str) -> None:
+    assert mean(lead("modules", task, modality, "1,0", of="boundary-only", over="synthfm")) > 0
+    assert mean(lead("modules", task, modality, "1,0", of="synthfm", over="shape-only")) > 0
+
+
+def test_it_gains_no_more_in_ultrasound_than_in_ct() -> None:
+    gains = [mean(lead("modules", "abdomen", m, "1,0", over="shape-only")) for m in ("us", "ct")]
+    assert abs(gains[0] - gains[1]) < 0.02
+    assert verdict("boundary-carries-us") == "undecided here"
+
+
+def test_on_real_ultrasound_the_order_is_turned_round() -> None:
+    assert mean(lead("modules", "breast-us", "us", "1,0", of="shape-only", over="synthfm")) > 0
+    assert mean(lead("modules", "breast-us", "us", "1,0", of="synthfm", over="boundary-only")) > 0
+    assert verdict("boundary-needed-us-real") == "contradicted"
+
+
+def test_in_all_other_comparisons_of_modules_five_seeds_decide_nothing() -> None:
+    names = (
+        "boundary-needed-us",
+        "both-best",
+        "both-best-ct",
+        "both-best-us",
+        "both-best-mr",
+        "shape-only-competitive",
+    )
+    assert {verdict(name) for name in names} <= {"undecided here", "inconclusive"}
